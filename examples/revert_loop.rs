@@ -7,8 +7,10 @@
 use std::sync::Arc;
 
 use catalogue_sqlite::SqliteCatalogue;
-use snapcore::{CreateRequest, DeleteRequest, DomainRef, Domsnap, Error, ErrorKind};
-use snapcore::{Registry, Result, RevertRequest, SnapshotName};
+use snapcore::service::RevertRequest;
+use snapcore::service::{CreateRequest, DeleteRequest, DomainRef, Domsnap};
+use snapcore::{Error, ErrorKind};
+use snapcore::{Registry, Result, SnapshotName};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]

@@ -4,11 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::backend::{
+    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding, Guard,
+    InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
-    Leftover, OpenLayer, Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed,
-    StepStatus, file_identity,
+    ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Point, PointKind,
+    Result, Snapshot, Step, file_identity,
 };
 
 use crate::command::{Commands, Lvm2, Runner};

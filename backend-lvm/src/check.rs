@@ -1,6 +1,7 @@
 //! Checks of a disk's volumes, their pool and their group.
 
-use snapcore::{DiskRecord, Finding, Severity, shown_size};
+use snapcore::backend::{Finding, Severity};
+use snapcore::{DiskRecord, shown_size};
 
 use crate::layers::require_known_kind;
 use crate::names::Volume;

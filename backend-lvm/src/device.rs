@@ -29,8 +29,8 @@ pub(crate) fn holder(path: &Utf8Path) -> Option<String> {
     })
 }
 
-/// Returns how often processes, and drivers of guests, have the device open. `None` if the files of some processes
-/// are not readable.
+/// Returns how often processes, and drivers of guests, have the device open. `None` if the files of some
+/// processes are not readable.
 ///
 /// A duplicated descriptor counts each time, so the result is at least the kernel's count of them.
 pub(crate) fn shown_openings(path: &Utf8Path) -> Option<usize> {

@@ -2,7 +2,8 @@
 //! volume.
 
 use jiff::Timestamp;
-use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, SnapshotId};
+use snapcore::backend::FreeNames;
+use snapcore::{Consistency, DiskPoint, DiskRecord, Point, Snapshot, SnapshotId};
 
 use crate::names::Volume;
 use crate::report::{Row, VolumeGroup, VolumeKind, sort_points};

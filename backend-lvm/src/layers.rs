@@ -1,7 +1,8 @@
 //! A disk's volumes, read from lvm's report.
 
 use camino::Utf8PathBuf;
-use snapcore::{Disk, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result};
+use snapcore::backend::{DiskState, Layer};
+use snapcore::{Disk, DiskRecord, Error, ErrorKind, LayerName, Result};
 
 use crate::names::Volume;
 use crate::report::{Row, VolumeGroup, VolumeKind};

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
+use snapcore::backend::{DiskPlan, DiskRequest, DiskState, InstantPlan};
+use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group, InstantPlan,
-    LayerName, Point, Result, SnapshotName, Step, shown_size,
+    DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, Result, SnapshotName, Step, shown_size,
 };
 
 use crate::check::{area_warning, pool_full};

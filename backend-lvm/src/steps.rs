@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
-use snapcore::{Error, ErrorKind, LayerName, Result, Salvage, StepStatus};
+use snapcore::backend::{Salvage, StepStatus};
+use snapcore::{Error, ErrorKind, LayerName, Result};
 
 use crate::command::{CHANGE, Lvm2, MERGE};
 use crate::device::{self, DeviceState};

@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex};
 
 use backend_lvm::{Answer, Invocation, Lvm, Runner};
-use snapcore::{
-    ActivePath, AnyDiskSnapshotter, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
-    DiskState, ErrorKind, InspectDepth, LayerName, Point, Progress, Salvage, SnapshotName, StepContext,
-    StepStatus, Target,
+use snapcore::backend::{
+    AnyDiskSnapshotter, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, InspectDepth, Progress, Salvage,
+    StepContext, StepStatus,
 };
+use snapcore::hypervisor::DiskInstant;
+use snapcore::{ActivePath, Disk, DiskRecord, ErrorKind, LayerName, Point, SnapshotName, Target};
 use tokio_util::sync::CancellationToken;
 
 const RECORDED: &str = include_str!("recorded/group.json");

@@ -16,7 +16,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use libtest_mimic::{Arguments, Failed, Trial};
 use lvmguest::Machine;
 use lvmguest::inside::{disks, succeed};
-use snapcore::{AnyDiskSnapshotter, DiskRecord};
+use snapcore::DiskRecord;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::TestBackend;
 
 /// Test cases that do an operation again for each moment of a fault, for each name, or for many reverts: in

@@ -6,10 +6,9 @@ use std::collections::HashSet;
 
 use camino::Utf8Path;
 use confined_files::FileName;
-use snapcore::{
-    DeleteCost, Disk, DiskAddress, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
-    Layer, LayerName, OpenLayer, Point,
-};
+use snapcore::backend::{DeleteCost, DiskPlan, DiskRequest, DiskState, Finding, Layer};
+use snapcore::hypervisor::{DiskInstant, OpenLayer};
+use snapcore::{Disk, DiskAddress, DiskRecord, Edit, LayerName, Point};
 
 use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
 

@@ -3,8 +3,8 @@
 //! A plug-in is a program called `domsnap-backend-NAME` in a configured directory. It serves disks of the
 //! format `NAME`. It speaks JSON-RPC 2.0 on its standard input and output, one JSON document a line
 //! ([`protocol`]). [`found`] lists the plug-ins of a directory. A [`Plugin`] is one of them as a
-//! [`snapcore::DiskSnapshotter`]. The program is started when it is first needed, and killed when the
-//! [`Plugin`] is dropped.
+//! [`snapcore::backend::DiskSnapshotter`]. The program is started when it is first needed, and killed when
+//! the [`Plugin`] is dropped.
 //!
 //! **No answer of a plug-in is used unchecked** (`checks`): shapes, names, paths, and that its plans only
 //! change the records of their own disk. A plug-in that hangs, floods or sends garbage is killed, and the

@@ -9,11 +9,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use snapcore::backend::{
+    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding, Guard,
+    InspectDepth, Progress, Salvage, StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, Consistency, DeleteCost, Disk, DiskAddress, DiskPlan, DiskPoint,
-    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth,
-    LayerName, OpenLayer, Point, PointKind, Progress, Result, Salvage, Snapshot, SnapshotId, Step,
-    StepContext, StepStatus,
+    ActivePath, Consistency, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, LayerName, Point,
+    PointKind, Result, Snapshot, SnapshotId, Step,
 };
 use tokio_util::sync::CancellationToken;
 

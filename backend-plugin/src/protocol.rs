@@ -5,18 +5,19 @@
 //! running request, and gets the notification `cancel` of one. Its standard output must have nothing else.
 //! Its standard error is recorded for error messages.
 //!
-//! The methods are those of [`snapcore::DiskSnapshotter`], which documents the contract of each. Parameters
-//! and results are the types in this module. [`schema`] describes all of them; `docs/plugin-schema.json` is
-//! its output.
+//! The methods are those of [`snapcore::backend::DiskSnapshotter`], which documents the contract of each.
+//! Parameters and results are the types in this module. [`schema`] describes all of them;
+//! `docs/plugin-schema.json` is its output.
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use snapcore::{
-    ActivePath, Capabilities, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit,
-    ErrorKind, Finding, InspectDepth, LayerName, OpenLayer, Point, SnapshotName, Step, StepStatus,
+use snapcore::backend::{
+    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskState, Finding, InspectDepth, StepStatus,
 };
+use snapcore::hypervisor::OpenLayer;
+use snapcore::{ActivePath, Disk, DiskRecord, Edit, ErrorKind, LayerName, Point, SnapshotName, Step};
 
 /// The version of the protocol that this crate speaks.
 pub const VERSION: u32 = 1;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use backend_plugin::Plugin;
 use camino::Utf8Path;
-use snapcore::AnyDiskSnapshotter;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, has_file};
 
 struct Copies;

@@ -10,10 +10,9 @@ use std::time::Duration;
 use backend_plugin::{Limits, Plugin};
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
-use snapcore::{
-    CreateRequest, DomainName, DomainRef, DomainSpec, Domsnap, Error, ErrorKind, Registry, RevertRequest,
-    Severity, SnapshotName, Target,
-};
+use snapcore::backend::Severity;
+use snapcore::service::{CreateRequest, DomainRef, DomainSpec, Domsnap, RevertRequest};
+use snapcore::{DomainName, Error, ErrorKind, Registry, SnapshotName, Target};
 use tokio_util::sync::CancellationToken;
 
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
@@ -486,7 +485,7 @@ async fn a_clean_up_that_fails_is_deferred_and_done_later() {
     fixture.reverted().await.unwrap();
     assert_eq!(copies(), 3);
     std::fs::write(fixture.path("otherwise"), "").unwrap();
-    let request = snapcore::DeleteRequest::new(vec![name("one")]);
+    let request = snapcore::service::DeleteRequest::new(vec![name("one")]);
     let done = fixture.service().delete(&fixture.domain(), request, CancellationToken::new()).await.unwrap();
     std::fs::remove_file(fixture.path("otherwise")).unwrap();
     assert!(done.postponed.iter().any(|postponed| postponed.reason.contains("not now")), "{done:?}");

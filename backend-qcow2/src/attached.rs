@@ -12,9 +12,9 @@ use image_files::FileIds;
 use image_files::chain::ChainStep;
 use image_files::layer_name::layer_path;
 use image_files::names::{self, file_id, same_file};
-use snapcore::{
-    AttachedDisk, AttachedMerge, Error, ErrorKind, Inside, LayerName, Result, StepContext, Target,
-};
+use snapcore::backend::StepContext;
+use snapcore::hypervisor::{AttachedDisk, AttachedMerge, Inside};
+use snapcore::{Error, ErrorKind, LayerName, Result, Target};
 use tokio_util::sync::CancellationToken;
 
 use crate::backing_string::{backing_string, resolve_backing};

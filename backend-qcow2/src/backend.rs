@@ -7,11 +7,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{self, ChainStep, Tag};
 use image_files::layer_name::{disk_name, layer_path};
 use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
+use snapcore::backend::{
+    Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
+    Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Base, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth,
-    LayerName, Leftover, OpenLayer, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext,
-    StepStatus, TagIdentity,
+    ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind, Result,
+    Snapshot, Step, TagIdentity,
 };
 
 use crate::attached;

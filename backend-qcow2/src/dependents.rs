@@ -17,10 +17,8 @@ use image_files::is_held_by_others;
 use image_files::layer_name::layer_path;
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
-use snapcore::{
-    Base, DiskAddress, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result,
-    Undetermined,
-};
+use snapcore::backend::{Base, DiskState, Layer, Undetermined};
+use snapcore::{DiskAddress, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result};
 
 use crate::backing_string::{Named, named};
 use crate::image;

@@ -8,7 +8,8 @@ use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::FileId;
 use jiff::Timestamp;
-use snapcore::{DiskRecord, DiskState, Error, ErrorKind, InternalPoint, LayerName, Result, shell_command};
+use snapcore::backend::{DiskState, InternalPoint};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, shell_command};
 
 use crate::backing_string::resolve_backing;
 use crate::dependents;

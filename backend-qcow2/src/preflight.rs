@@ -5,10 +5,9 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
-use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, FinishStep, InstantPlan,
-    LayerName, Result,
-};
+use snapcore::backend::{DiskPlan, DiskRequest, DiskState, InstantPlan};
+use snapcore::hypervisor::DiskInstant;
+use snapcore::{DiskRecord, Error, ErrorKind, FinishStep, LayerName, Result};
 
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{self, Backing, Encryption, Image, NewSnapshot, OpenOptions};

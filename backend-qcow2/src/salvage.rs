@@ -21,7 +21,8 @@
 
 use image_files::chain::{ChainStep, Tag};
 use image_files::{RESCUED, names};
-use snapcore::{LayerName, Result, Salvage, shell_command};
+use snapcore::backend::Salvage;
+use snapcore::{LayerName, Result, shell_command};
 
 use crate::image::{self, RunLayer};
 use crate::layers::file_of;

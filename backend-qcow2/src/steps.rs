@@ -16,7 +16,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
 use image_files::{FileSteps, ImageLocks, names};
 use jiff::Timestamp;
-use snapcore::{Error, ErrorKind, LayerName, Progress, Result, StepStatus};
+use snapcore::backend::{Progress, StepStatus};
+use snapcore::{Error, ErrorKind, LayerName, Result};
 use tokio_util::sync::CancellationToken;
 
 use crate::backing_string::{backing_string, resolve_backing};

@@ -16,10 +16,14 @@ use image_files::chain::{ChainStep, Tag};
 use image_files::layer_name::{layer_name, layer_path};
 use image_files::{LockMode, lock};
 use judge::{clean, content, io, run, snapshot_names};
+use snapcore::backend::{
+    Capabilities, DiskPlan, DiskRequest, DiskSnapshotter, Guard, InspectDepth, Progress, Salvage,
+    StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, AttachedMerge, DiskInstant, Inside};
 use snapcore::{
-    ActivePath, AttachedDisk, AttachedMerge, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord,
-    DiskRequest, DiskSnapshotter, Error, ErrorKind, FileIdentity, Guard, Inside, InspectDepth, LayerName,
-    Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext, StepStatus, Target,
+    ActivePath, Disk, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Point, PointKind, Result,
+    SnapshotName, Step, Target,
 };
 use tokio_util::sync::CancellationToken;
 

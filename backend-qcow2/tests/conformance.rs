@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AnyDiskSnapshotter, DiskRecord};
+use snapcore::DiskRecord;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::TestBackend;
 
 struct Images;

@@ -7,10 +7,8 @@ use std::sync::Arc;
 
 use camino::Utf8PathBuf;
 use catalogue_sqlite::SqliteCatalogue;
-use snapcore::{
-    CreateDisk, CreateRequest, DeleteRequest, DomainRef, Domsnap, PointKind, Registry, RevertRequest,
-    SnapshotName, Target,
-};
+use snapcore::service::{CreateDisk, CreateRequest, DeleteRequest, DomainRef, Domsnap, RevertRequest};
+use snapcore::{PointKind, Registry, SnapshotName, Target};
 use tokio_util::sync::CancellationToken;
 
 struct Fixture {

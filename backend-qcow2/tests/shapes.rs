@@ -12,7 +12,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use image_files::chain::ChainStep;
 use image_files::layer_name::{layer_name, layer_path};
+use snapcore::backend::*;
 use snapcore::catalogue::{Catalogue, Change, Revision};
+use snapcore::hypervisor::*;
+use snapcore::service::*;
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
 

@@ -10,11 +10,13 @@ use image_files::{
     DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files, unshared,
 };
 use rustix::fs::OFlags;
+use snapcore::backend::{
+    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding, Guard,
+    InspectDepth, Layer, Leftover, Progress, Salvage, Severity, StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Layer, LayerName, Leftover,
-    OpenLayer, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
-    StepStatus,
+    ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
 };
 use tokio_util::sync::CancellationToken;
 

@@ -13,7 +13,8 @@ use confined_files::Directory;
 use image_files::names::{self, io_error};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use rustix::io::Errno;
-use snapcore::{Error, ErrorKind, Progress, Result};
+use snapcore::backend::Progress;
+use snapcore::{Error, ErrorKind, Result};
 use tokio_util::sync::CancellationToken;
 
 /// Bytes that are read, compared with zeros, summed and written at once. The checksum depends on this number.

@@ -9,10 +9,8 @@ use image_files::layer_name::{disk_name, is_layer_name, layer_path};
 use image_files::names::{self, io_error};
 use image_files::{FileIds, look_at_path, refused_link, size_at};
 use jiff::Timestamp;
-use snapcore::{
-    Disk, DiskRecord, DiskState, Error, ErrorKind, Found, InspectDepth, Layer, LayerName, Point, Result,
-    Snapshot,
-};
+use snapcore::backend::{DiskState, FoundSnapshots, InspectDepth, Layer};
+use snapcore::{Disk, DiskRecord, Error, ErrorKind, LayerName, Point, Result, Snapshot};
 
 /// The name of the active layer. It is the path's own and never changes.
 pub(crate) fn active_name(disk: &Disk) -> LayerName {
@@ -144,7 +142,7 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
         dated.push((modified.unwrap_or(Timestamp::UNIX_EPOCH), name, about.len()));
     }
     dated.sort();
-    let mut found = Found::default();
+    let mut found = FoundSnapshots::default();
     for (modified, name, size) in dated {
         record.owned.push(name.clone());
         let stem = Utf8Path::new(name.as_str()).file_stem().unwrap_or("point").to_owned();

@@ -5,9 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use camino::Utf8Path;
 use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
+use snapcore::backend::{DiskPlan, DiskRequest, DiskState, InstantPlan, Layer};
+use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    ActivePath, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
-    InstantPlan, Layer, LayerName, Point, PointKind, Result, Step, shown_size,
+    ActivePath, DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, PointKind, Result, Step,
+    shown_size,
 };
 
 use crate::copy::is_reserved;

@@ -22,7 +22,8 @@ use image_files::chain::room_of_overlay;
 use image_files::layer_name::layer_path;
 use image_files::{FileSteps, kept_layer_message, kept_overlay_message, names};
 use serde::{Deserialize, Serialize};
-use snapcore::{DiskRecord, Error, ErrorKind, FileUses, LayerName, Result, Salvage, Step, StepStatus};
+use snapcore::backend::{FileUses, Salvage, StepStatus};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
 
 use crate::copy::{self, Watch};
 use crate::place::reflink;

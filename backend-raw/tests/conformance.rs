@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use backend_raw::Raw;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::AnyDiskSnapshotter;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, has_file};
 
 struct Files;

@@ -9,10 +9,13 @@ use image_files::layer_name::{disk_name, layer_path};
 use image_files::{
     DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, names, open_files,
 };
+use snapcore::backend::{
+    Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
+    Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Base, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, LayerName, Leftover,
-    OpenLayer, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
     TagIdentity,
 };
 

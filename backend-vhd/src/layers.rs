@@ -13,7 +13,8 @@ use image_files::layer_name::layer_path;
 use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
-use snapcore::{Base, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result, Undetermined};
+use snapcore::backend::{Base, DiskState, Layer, Undetermined};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result};
 
 use crate::image::{self, DiskType, OpenOptions, UniqueId, Vhd, find_parent};
 

@@ -6,7 +6,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
 use image_files::names::file_id;
 use image_files::{FileIds, size_at};
-use snapcore::{DiskPlan, DiskRecord, DiskState, Error, ErrorKind, LayerName, Result};
+use snapcore::backend::{DiskPlan, DiskState};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result};
 
 use crate::image::{Context, DiskType, MAX_SIZE, OpenOptions, SECTOR, Vhd};
 use crate::layers::{file_of, reading};

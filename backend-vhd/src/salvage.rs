@@ -6,7 +6,8 @@
 //! merged layers are removed.
 
 use image_files::chain::ChainStep;
-use snapcore::{LayerName, Result, Salvage};
+use snapcore::backend::Salvage;
+use snapcore::{LayerName, Result};
 
 use crate::layers::{file_of, reading};
 use crate::steps::StepRunner;

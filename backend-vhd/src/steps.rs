@@ -14,7 +14,8 @@ use std::os::unix::fs::MetadataExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
 use image_files::{FileSteps, names};
-use snapcore::{Error, ErrorKind, LayerName, Progress, Result, StepStatus};
+use snapcore::backend::{Progress, StepStatus};
+use snapcore::{Error, ErrorKind, LayerName, Result};
 use tokio_util::sync::CancellationToken;
 
 use crate::image::{self, Chain, Layer, Moving, NewImage, OpenOptions, ParentName, TimeStamp, UniqueId, Vhd};

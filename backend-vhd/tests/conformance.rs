@@ -11,7 +11,8 @@ use anyhow::Result;
 use backend_vhd::VhdFiles;
 use backend_vhd::image::{Chain, ChainOptions, NewImage, write_into};
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AnyDiskSnapshotter, DiskRecord};
+use snapcore::DiskRecord;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::TestBackend;
 use support::Reference;
 

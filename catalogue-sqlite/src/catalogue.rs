@@ -23,9 +23,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
-use snapcore::{
-    DiskAddress, Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree,
-};
+use snapcore::catalogue::{Operation, OperationId};
+use snapcore::{DiskAddress, Domain, DomainName, Error, ErrorKind, Result, SnapshotTree};
 
 use crate::lock;
 use crate::record::{self, Failure, Rows};

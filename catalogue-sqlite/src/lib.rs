@@ -5,7 +5,8 @@
 //! use std::sync::Arc;
 //!
 //! use catalogue_sqlite::SqliteCatalogue;
-//! use snapcore::{Domsnap, Registry};
+//! use snapcore::Registry;
+//! use snapcore::service::Domsnap;
 //!
 //! let domsnap = Domsnap::new(Arc::new(SqliteCatalogue::new("/var/lib/domsnap")), Registry::new());
 //! ```

@@ -5,9 +5,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use snapcore::catalogue::{CatalogueId, Entry, Revision, Stamp, StepRow};
+use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
 use snapcore::{
-    Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Operation, OperationId,
-    OperationState, Plan, Point, Snapshot, SnapshotId, SnapshotTree, StepState, Target,
+    Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Plan, Point, Snapshot,
+    SnapshotId, SnapshotTree, Target,
 };
 
 /// A row operation's failure.

@@ -320,7 +320,8 @@ mod tests {
     /// such shape are refused, with a way on.
     #[test]
     fn operation_in_flight_survives_the_upgrade() {
-        use snapcore::{CutUnit, FinishUnit, OperationState, PlanStep, StepState};
+        use snapcore::catalogue::{OperationState, StepState};
+        use snapcore::{CutUnit, FinishUnit, PlanStep};
 
         let old = |rows: &str| {
             let mut connection = Connection::open_in_memory().unwrap();

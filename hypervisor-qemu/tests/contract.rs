@@ -5,7 +5,8 @@ use std::{process::ExitCode, sync::Arc};
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use hypervisor_qemu::Qemu;
-use snapcore::{Control, Target, VmStateSaver};
+use snapcore::Target;
+use snapcore::hypervisor::{Control, VmStateSaver};
 use snapcore_testkit::hypervisor::{TestMachine, run};
 use testguest::{Guest, GuestOptions};
 

@@ -10,10 +10,11 @@ use async_trait::async_trait;
 use hypervisor_qemu::Qemu;
 use kit::BOTH;
 use run::{Moves, Run, identity, utf8};
-use snapcore::{
-    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, Inside, PowerAfter, Quiesce,
-    StartFromMemory, Target, VmStateSaver,
+use snapcore::hypervisor::{
+    AttachedMerge, Control, DiskInstant, DomainStep, Inside, PowerAfter, Quiesce, StartFromMemory,
+    VmStateSaver,
 };
+use snapcore::{Consistency, ErrorKind, Target};
 use testguest::GuestOptions;
 use tokio_util::sync::CancellationToken;
 

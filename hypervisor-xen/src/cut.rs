@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
-use snapcore::{
-    Consistency, DiskInstant, DomainContext, DomainStep, Error, ErrorKind, MemoryPlan, PowerAfter, Quiesce,
-    Result, StepOutcome, Taken, Target,
+use snapcore::hypervisor::{
+    DiskInstant, DomainContext, DomainStep, MemoryPlan, PowerAfter, Quiesce, StepOutcome, Taken,
 };
+use snapcore::{Consistency, Error, ErrorKind, Result, Target};
 
 use crate::{
     list::{self, Row},

@@ -4,7 +4,8 @@ use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::{Domain, DomainInfo, Obstacle, SeenDisk, Target, file_identity};
+use snapcore::hypervisor::{DomainInfo, Obstacle, SeenDisk};
+use snapcore::{Domain, Target, file_identity};
 
 use crate::list::Row;
 

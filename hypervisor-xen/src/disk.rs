@@ -8,10 +8,9 @@ use std::{
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
-use snapcore::{
-    AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, Inside, LiveDomain, Progress, Result,
-    Target, file_identity,
-};
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{AttachedDisk, AttachedMerge, Inside, LiveDomain};
+use snapcore::{Error, ErrorKind, FileIdentity, Result, Target, file_identity};
 use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 

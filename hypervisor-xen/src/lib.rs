@@ -6,8 +6,8 @@
 //! | `list` | the existing domains, their states and configurations |
 //! | `describe` | the description of a domain, and the server of each of its disks |
 //! | `memory` | the memory image: xl's own save file, and beside it its checksums |
-//! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
-//! | `disk` | [`snapcore::AttachedDisk`]: one disk of it |
+//! | `live` | [`snapcore::hypervisor::LiveDomain`]: a connection, and the place where each step is done |
+//! | `disk` | [`snapcore::hypervisor::AttachedDisk`]: one disk of it |
 //! | `cut` | the cut of a snapshot |
 //! | `section` | detached sections: a domain that is destroyed for a revert and created again |
 //! | `users` | the files that running domains have open: QEMU takes no locks for Xen |

@@ -14,10 +14,11 @@ use async_trait::async_trait;
 use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu as QemuSaver;
 use serde_json::Value;
-use snapcore::{
-    AttachedDisk, Control, CutUnit, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind,
-    FinishUnit, LiveDomain, Obstacle, OpenChain, Plan, PlanStep, Result, StepOutcome, Target, VmStateSaver,
+use snapcore::hypervisor::{
+    AttachedDisk, Control, DomainContext, DomainInfo, DomainStep, LiveDomain, Obstacle, OpenChain,
+    StepOutcome, VmStateSaver,
 };
+use snapcore::{CutUnit, Domain, Error, ErrorKind, FinishUnit, Plan, PlanStep, Result, Target};
 use tokio::sync::{Mutex, RwLock};
 
 use crate::{
@@ -367,7 +368,7 @@ impl LiveDomain for XenDomain {
 /// Progress of work that is reported when it is complete.
 pub(crate) struct Silent;
 
-impl snapcore::Progress for Silent {
+impl snapcore::backend::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 

@@ -22,7 +22,8 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use snapcore::{Error, ErrorKind, Progress, Result};
+use snapcore::backend::Progress;
+use snapcore::{Error, ErrorKind, Result};
 
 const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
 const BYTE_ORDER: u32 = 0x0102_0304;

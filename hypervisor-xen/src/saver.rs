@@ -4,11 +4,12 @@ use std::{collections::HashSet, sync::Arc};
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{
-    Control, Domain, DomainInfo, Error, ErrorKind, FileIdentity, GuestChange, Hypervisor, HypervisorProfile,
-    LiveDomain, PowerAfter, Progress, Registry, Result, StartFromMemory, StartedDomain, StepOutcome,
-    VmStateSaver,
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{
+    Control, DomainInfo, GuestChange, HypervisorProfile, LiveDomain, PowerAfter, StartFromMemory,
+    StartedDomain, StepOutcome, VmStateSaver,
 };
+use snapcore::{Domain, Error, ErrorKind, FileIdentity, Hypervisor, Registry, Result};
 
 use crate::{
     cut, describe, list,

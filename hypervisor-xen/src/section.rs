@@ -31,10 +31,11 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use snapcore::{
-    Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity, GuestChange,
-    PowerAfter, Restart, RestartSource, Result, SeenDisk, StartedDomain, StepOutcome, file_identity,
+use snapcore::hypervisor::{
+    Control, DomainContext, DomainInfo, DomainStep, GuestChange, PowerAfter, Restart, RestartSource,
+    SeenDisk, StartedDomain, StepOutcome,
 };
+use snapcore::{Domain, Error, ErrorKind, FileIdentity, Result, file_identity};
 
 use crate::{
     cut::{self, refuse_suspended},

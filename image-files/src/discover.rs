@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use crate::names::io_error;
 use camino::Utf8Path;
 use jiff::Timestamp;
-use snapcore::{DiskRecord, Found, InspectDepth, Layer, LayerName, Point, Result, Snapshot};
+use snapcore::backend::{FoundSnapshots, InspectDepth, Layer};
+use snapcore::{DiskRecord, LayerName, Point, Result, Snapshot};
 
 use crate::FileIds;
 use crate::layers::{ChainFormat, Limits, inspect};
@@ -35,7 +36,7 @@ pub fn discover(
     }
     // Tags are only read in layers that are ours.
     let state = inspect(format, record, InspectDepth::Layers, limits, &FileIds::new())?;
-    let mut found = Found::default();
+    let mut found = FoundSnapshots::default();
     let known: HashSet<&Point> = known.iter().collect();
     let mut chain = state.chain(&state.active);
     chain.reverse();
@@ -61,7 +62,7 @@ pub fn discover(
     Ok(found.into_snapshots())
 }
 
-fn add_tags(found: &mut Found, record: &DiskRecord, layer: &Layer, known: &HashSet<&Point>) {
+fn add_tags(found: &mut FoundSnapshots, record: &DiskRecord, layer: &Layer, known: &HashSet<&Point>) {
     let mut tags: Vec<_> = layer.internal.iter().collect();
     tags.sort_by_key(|tag| tag.created);
     for tag in tags {

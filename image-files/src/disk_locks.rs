@@ -10,7 +10,8 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AttachedDisk, Error, ErrorKind, Result};
+use snapcore::hypervisor::AttachedDisk;
+use snapcore::{Error, ErrorKind, Result};
 
 use crate::file_steps::open_files;
 use crate::layer_name::disk_name;

@@ -10,9 +10,9 @@
 use std::collections::HashSet;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{
-    AttachedDisk, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, StepStatus, shell_command,
-};
+use snapcore::backend::StepStatus;
+use snapcore::hypervisor::AttachedDisk;
+use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, shell_command};
 
 use crate::ImageLocks;
 use crate::layer_name::layer_path;

@@ -8,10 +8,9 @@ use crate::layer_name::{disk_name, is_layer_name, layer_name, layer_path};
 use crate::names::{FileId, file_id, io_error, require_own, require_own_or_device};
 use crate::size_at;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{
-    ActivePath, Disk, DiskRecord, DiskState, Error, ErrorKind, Finding, InspectDepth, InternalPoint, Layer,
-    LayerName, OpenLayer, Result, Severity, shell_command,
-};
+use snapcore::backend::{DiskState, Finding, InspectDepth, InternalPoint, Layer, Severity};
+use snapcore::hypervisor::OpenLayer;
+use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, LayerName, Result, shell_command};
 
 use crate::{FileIds, look_at_path, refused_link};
 

@@ -2,7 +2,8 @@
 //! have written to the layer that the configured path named.
 
 use camino::Utf8PathBuf;
-use snapcore::{Edit, LayerName, Result, Salvage};
+use snapcore::backend::Salvage;
+use snapcore::{Edit, LayerName, Result};
 
 use crate::chain::ChainStep;
 use crate::file_steps::{FileSteps, kept_layer_message, kept_overlay_message};

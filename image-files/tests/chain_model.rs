@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use image_files::chain::{self, ChainStep};
 use image_files::layer_name::{layer_name, layer_path};
 use proptest::prelude::*;
+use snapcore::backend::{Capabilities, DiskPlan, DiskRequest, DiskState, InternalPoint, Layer};
+use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    ActivePath, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit,
-    FinishStep, InternalPoint, Layer, LayerName, Point, PointKind, SnapshotName, Step, Target,
+    ActivePath, Disk, DiskRecord, Edit, FinishStep, LayerName, Point, PointKind, SnapshotName, Step, Target,
 };
 
 const CLUSTERS: u8 = 6;

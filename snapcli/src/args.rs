@@ -4,11 +4,10 @@ use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use snapcore::hypervisor::{Control, PowerAfter, Quiesce};
+use snapcore::service::CreateDisk;
 use snapcore::service::{DomainRef, GivenImage};
-use snapcore::{
-    ActivePath, Control, CreateDisk, DomainName, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName,
-    Target,
-};
+use snapcore::{ActivePath, DomainName, LayerName, PointKind, SnapshotName, Target};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())

@@ -68,7 +68,7 @@ impl Backends {
 
     /// The plug-in that serves `format`.
     pub fn plugin(&self, format: &str) -> Option<&Plugin> {
-        use snapcore::DiskSnapshotter;
+        use snapcore::backend::DiskSnapshotter;
         self.plugins.iter().find(|plugin| plugin.format() == format)
     }
 }

@@ -9,11 +9,12 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
+use snapcore::backend::{Capabilities, DeleteCost, Finding};
+use snapcore::hypervisor::{Control, GuestChange, HypervisorProfile, SeenDisk};
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Capabilities, Consistency, Control, DeleteCost, DiskAddress, Domain, DomainName, ErrorKind, Finding,
-    GuestChange, Hypervisor, HypervisorProfile, MemoryPoint, Plan, PointKind, Registry, SeenDisk,
-    SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
+    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hypervisor, MemoryPoint, Plan, PointKind,
+    Registry, SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.

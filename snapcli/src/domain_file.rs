@@ -2,9 +2,9 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
-use snapcore::{
-    ActivePath, Control, Disk, DomainName, DomainSpec, Error, ErrorKind, Hypervisor, Registry, Result,
-};
+use snapcore::hypervisor::Control;
+use snapcore::service::DomainSpec;
+use snapcore::{ActivePath, Disk, DomainName, Error, ErrorKind, Hypervisor, Registry, Result};
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
 /// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a

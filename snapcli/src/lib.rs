@@ -4,7 +4,7 @@
 //!
 //! ```no_run
 //! # use std::sync::Arc;
-//! # fn mine() -> Arc<dyn snapcore::VmStateSaver> { unimplemented!() }
+//! # fn mine() -> Arc<dyn snapcore::hypervisor::VmStateSaver> { unimplemented!() }
 //! fn main() -> std::process::ExitCode {
 //!     snapcli::run(|registry| {
 //!         registry.register_hypervisor(mine());

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use snapcore::{DomainName, Event, Target};
+use snapcore::service::Event;
+use snapcore::{DomainName, Target};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;

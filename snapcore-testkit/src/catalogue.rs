@@ -33,11 +33,12 @@ use libtest_mimic::{Arguments, Trial};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp};
+use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
+use snapcore::hypervisor::DomainStep;
 use snapcore::{
-    ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, DomainStep, Edit,
-    ErrorKind, FinishStep, FinishUnit, Hypervisor, HypervisorStep, LayerName, MemoryPoint, NestedStep,
-    Operation, OperationId, OperationState, Plan, PlanStep, Point, SkippedDisk, Snapshot, SnapshotId,
-    SnapshotName, SnapshotTree, Step, StepState, Target,
+    ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind,
+    FinishStep, FinishUnit, Hypervisor, HypervisorStep, LayerName, MemoryPoint, NestedStep, Plan, PlanStep,
+    Point, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, Target,
 };
 
 /// A place for a catalogue, empty at first. It lasts as long as this.

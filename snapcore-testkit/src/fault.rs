@@ -7,12 +7,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
+use snapcore::backend::{
+    AnyDiskSnapshotter, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding,
+    Guard, InspectDepth, Progress, Salvage, StepContext, StepStatus,
+};
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
+use snapcore::catalogue::{Operation, OperationId};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AnyDiskSnapshotter, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan,
-    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard,
-    InspectDepth, LayerName, OpenLayer, Operation, OperationId, Point, Progress, Result, Salvage, Snapshot,
-    Step, StepContext, StepStatus,
+    ActivePath, Disk, DiskAddress, DiskRecord, DomainName, Error, ErrorKind, LayerName, Point, Result,
+    Snapshot, Step,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -260,22 +264,22 @@ impl DiskSnapshotter for FaultyBackend {
     fn manifests(&self, disk: &Disk) -> Arc<dyn snapcore::manifest::ManifestStore> {
         self.inner.manifests(disk)
     }
-    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<snapcore::StepNeed> {
+    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<snapcore::backend::StepNeed> {
         self.inner.needs_of(disk, step)
     }
     async fn identify(&self, disk: &DiskRecord, point: &Point) -> Result<Option<snapcore::TagIdentity>> {
         self.inner.identify(disk, point).await
     }
-    fn leftover(&self, disk: &DiskRecord, step: &Step) -> snapcore::Leftover {
+    fn leftover(&self, disk: &DiskRecord, step: &Step) -> snapcore::backend::Leftover {
         self.inner.leftover(disk, step)
     }
     fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
         self.inner.configured_path(layer_file)
     }
-    fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::FileUses {
+    fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::backend::FileUses {
         self.inner.uses(disk, step)
     }
-    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::Base>> {
+    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::backend::Base>> {
         self.inner.bases(disk).await
     }
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {

@@ -9,11 +9,11 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use serde::{Deserialize, Serialize};
-use snapcore::service::{Outcome, RecoveryReport};
-use snapcore::{
-    CreateDisk, CreateRequest, DeleteRequest, DiskRecord, DomainName, DomainRef, DomainSpec, Domsnap, Error,
-    ErrorKind, PointKind, Registry, RevertRequest, SnapshotName, Target,
+use snapcore::service::{
+    CreateDisk, CreateRequest, DeleteRequest, DomainRef, DomainSpec, Domsnap, RevertRequest,
 };
+use snapcore::service::{Outcome, RecoveryReport};
+use snapcore::{DiskRecord, DomainName, Error, ErrorKind, PointKind, Registry, SnapshotName, Target};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
@@ -315,7 +315,7 @@ impl<'a> Fixture<'a> {
         DomainRef::Name(self.test_domain.domain.clone())
     }
 
-    pub(crate) fn capabilities(&mut self) -> Result<snapcore::Capabilities> {
+    pub(crate) fn capabilities(&mut self) -> Result<snapcore::backend::Capabilities> {
         let process = self.process()?;
         Ok(process.service.registry().iter().next().context("no backend")?.capabilities())
     }
@@ -514,7 +514,8 @@ impl<'a> Fixture<'a> {
         let reference = self.reference();
         let process = self.process()?;
         let findings = process.wait(process.service.check(&reference))?;
-        let bad: Vec<_> = findings.iter().filter(|found| found.severity > snapcore::Severity::Note).collect();
+        let bad: Vec<_> =
+            findings.iter().filter(|found| found.severity > snapcore::backend::Severity::Note).collect();
         ensure!(bad.is_empty(), "the check finds {bad:?}");
         Ok(())
     }

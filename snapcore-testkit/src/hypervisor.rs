@@ -9,10 +9,13 @@ use anyhow::{Context, Result, ensure};
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use libtest_mimic::{Arguments, Trial};
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{
+    Control, DiskInstant, DomainContext, DomainInfo, DomainStep, GuestChange, Inside, LiveDomain, MemoryPlan,
+    OpenChain, OpenLayer, PowerAfter, Quiesce, StepOutcome, VmStateSaver,
+};
 use snapcore::{
-    ActivePath, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainInfo, DomainName,
-    DomainStep, ErrorKind, FileIdentity, GuestChange, Inside, LayerName, LiveDomain, MemoryPlan, OpenChain,
-    OpenLayer, PowerAfter, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
+    ActivePath, Disk, DiskRecord, Domain, DomainName, ErrorKind, FileIdentity, LayerName, Target,
 };
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;

@@ -1,16 +1,16 @@
-//! The behaviour kit: one suite that every [`snapcore::DiskSnapshotter`] runs, in process or not.
+//! The behaviour kit: one suite that every [`snapcore::backend::DiskSnapshotter`] runs, in process or not.
 //!
 //! An author says how disks are made, written and read without the backend ([`TestBackend`]). The kit asks
-//! the backend for its [`snapcore::Capabilities`] and runs every test case that they call for. Each has a
-//! short name, and a sentence: the promise that it tries to break. The real service, planner, engine, journal
-//! and catalogue of snapcore drive the backend, in a state directory of its own. A [model](Model) of byte
-//! vectors and a tree is kept beside it.
+//! the backend for its [`snapcore::backend::Capabilities`] and runs every test case that they call for. Each
+//! has a short name, and a sentence: the promise that it tries to break. The real service, planner, engine,
+//! journal and catalogue of snapcore drive the backend, in a state directory of its own. A [model](Model) of
+//! byte vectors and a tree is kept beside it.
 //!
 //! The contracts of a [catalogue] and of a [hypervisor] have test cases too.
 //!
 //! ```no_run
 //! # use std::{process::ExitCode, sync::Arc};
-//! # use snapcore::AnyDiskSnapshotter;
+//! # use snapcore::backend::AnyDiskSnapshotter;
 //! # fn my_backend() -> Arc<AnyDiskSnapshotter> { unimplemented!() }
 //! use snapcore_testkit::TestBackend;
 //!

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Trial};
-use snapcore::{Capabilities, PointKind};
+use snapcore::PointKind;
+use snapcore::backend::Capabilities;
 
 use crate::cases::{TestCase, all};
 use crate::child;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{ActivePath, AnyDiskSnapshotter, DiskRecord};
+use snapcore::backend::AnyDiskSnapshotter;
+use snapcore::{ActivePath, DiskRecord};
 
 /// Makes the disks that the backend is tested on, and reads and writes them as a guest would, without the
 /// backend.

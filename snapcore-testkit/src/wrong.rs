@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use snapcore::AnyDiskSnapshotter;
+use snapcore::backend::AnyDiskSnapshotter;
 
 use crate::fault::{FaultInjector, FaultyBackend};
 

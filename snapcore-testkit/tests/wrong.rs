@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use backend_raw::Raw;
 use libtest_mimic::{Arguments, Trial};
-use snapcore::AnyDiskSnapshotter;
+use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, wrong};
 
 /// What the backend under test does wrong; set in the copies of this program that run the kit.

@@ -2,14 +2,15 @@
 //!
 //! An address is a text. A disk of this machine has the absolute path of a file or of a block device. Any
 //! other has `SCHEME:TEXT`, which the backend of that scheme alone can read
-//! ([`DiskSnapshotter::scheme`](crate::DiskSnapshotter::scheme)): nothing else takes it apart, and no file is
-//! looked for by it.
+//! ([`DiskSnapshotter::scheme`](crate::backend::DiskSnapshotter::scheme)): nothing else takes it apart, and
+//! no file is looked for by it.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Disk;
-use crate::hypervisor::FileIdentity;
 use crate::service::file_id;
 use crate::state::Layer;
 
@@ -46,8 +47,8 @@ impl DiskAddress {
     }
 
     /// The path, for a backend of files. The service gives such a backend no other address
-    /// ([`Registry::serving`](crate::Registry::serving)). The result for another address is a path below
-    /// which nothing can exist.
+    /// ([`Registry::serving`](crate::registry::Registry::serving)). The result for another address is a path
+    /// below which nothing can exist.
     pub fn path(&self) -> &Utf8Path {
         self.local().unwrap_or(Utf8Path::new(NO_FILE))
     }
@@ -118,6 +119,30 @@ fn split(address: &str) -> Option<(&str, &str)> {
         && scheme.starts_with(|first: char| first.is_ascii_lowercase())
         && scheme.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-".contains(c));
     (is_scheme && !text.is_empty()).then_some((scheme, text))
+}
+
+/// The device and inode of a file, or the number of a block device, because several nodes can lead to one.
+pub type FileIdentity = (u64, u64);
+
+/// Placeholder for the device in a block device's identity: no file system has this number.
+const BLOCK_DEVICE: u64 = u64::MAX;
+
+/// Returns the identity of the file, which does not depend on the name by which it was opened.
+pub fn file_identity(about: &std::fs::Metadata) -> FileIdentity {
+    match about.file_type().is_block_device() {
+        true => device_identity(about.rdev()),
+        false => (about.dev(), about.ino()),
+    }
+}
+
+/// The identity of the block device of this number.
+pub(crate) fn device_identity(number: u64) -> FileIdentity {
+    (BLOCK_DEVICE, number)
+}
+
+/// Returns true if it is the identity of a block device.
+pub(crate) fn is_device(identity: FileIdentity) -> bool {
+    identity.0 == BLOCK_DEVICE
 }
 
 /// Identity of a disk, by whatever address it is named.

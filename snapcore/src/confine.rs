@@ -9,7 +9,10 @@ use std::collections::HashSet;
 use camino::{Utf8Component, Utf8Path};
 use confined_files::FileName;
 
-use crate::{DiskAddress, Domain, LayerName, Snapshot};
+use crate::address::DiskAddress;
+use crate::domain::Domain;
+use crate::name::LayerName;
+use crate::snapshot::Snapshot;
 
 impl Domain {
     /// Checks the names of its disks and of the layers that are ours, as far as they come from a manifest.

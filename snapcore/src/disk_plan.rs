@@ -18,8 +18,8 @@ pub enum DiskRequest {
     Create {
         /// The kind of point; absent: the backend chooses.
         kind: Option<PointKind>,
-        /// One of the backend's own methods ([`crate::Capabilities::methods`]), if the user requested it;
-        /// then `kind` is absent.
+        /// One of the backend's own methods ([`crate::backend::Capabilities::methods`]), if the user
+        /// requested it; then `kind` is absent.
         method: Option<String>,
         /// The snapshot's name, for a tag.
         name: SnapshotName,

@@ -4,9 +4,12 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Control, DiskAddress, DomainName, Error, ErrorKind, Host, LayerName, Result, SnapshotId, Target,
-};
+use crate::address::DiskAddress;
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::hypervisor::Control;
+use crate::name::{DomainName, LayerName, Target};
+use crate::snapshot::SnapshotId;
 
 /// The hypervisor of a domain, by its registered name, or none. Addresses of its domains begin with that name
 /// (`NAME:ADDRESS`).
@@ -171,7 +174,7 @@ pub struct Machine {
     /// A summary in one line, for people.
     #[serde(default)]
     pub summary: String,
-    /// The hypervisor's own record ([`crate::DomainInfo::machine`]).
+    /// The hypervisor's own record ([`crate::hypervisor::DomainInfo::machine`]).
     pub record: serde_json::Value,
 }
 

@@ -203,7 +203,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::Target;
+    use crate::name::Target;
 
     #[derive(Debug, serde::Serialize, serde::Deserialize)]
     #[serde(tag = "do", rename_all = "kebab-case")]

@@ -8,8 +8,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use tokio_util::sync::ReusableBoxFuture;
 
+use crate::name::{DomainName, SnapshotName, Target};
+use crate::operation::OperationId;
 use crate::service::RecoveryReport;
-use crate::{DomainName, Group, OperationId, Plan, SnapshotName, Target};
+use crate::shape::Plan;
+use crate::step::Group;
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]

@@ -1,11 +1,11 @@
 //! The contract of a hypervisor: its operations on a running domain.
 //!
-//! A plan has steps of disks and steps of the domain ([`crate::HypervisorStep`]). The latter are journalled
-//! like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has open, a
-//! backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no format.
+//! A plan has steps of disks and steps of the domain ([`crate::shape::HypervisorStep`]). The latter are
+//! journalled like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has
+//! open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no
+//! format.
 
 use std::collections::HashSet;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Consistency, DiskAddress, Domain, Hypervisor, Plan, Progress, Result, Target};
+use crate::address::{DiskAddress, FileIdentity};
+use crate::backend::Progress;
+use crate::domain::{Domain, Hypervisor};
+use crate::error::Result;
+use crate::name::Target;
+use crate::shape::Plan;
+use crate::snapshot::Consistency;
 
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -308,7 +314,8 @@ pub struct DomainContext<'a> {
     pub inside: &'a dyn Inside,
     /// Receiver of progress.
     pub progress: &'a dyn Progress,
-    /// If it is cancelled, a step before the commit point soon fails with [`crate::ErrorKind::Cancelled`].
+    /// If it is cancelled, a step before the commit point soon fails with
+    /// [`crate::error::ErrorKind::Cancelled`].
     pub cancel: &'a CancellationToken,
 }
 
@@ -484,30 +491,6 @@ pub struct AttachedMerge {
     pub string: Option<String>,
 }
 
-/// The device and inode of a file, or the number of a block device, because several nodes can lead to one.
-pub type FileIdentity = (u64, u64);
-
-/// Placeholder for the device in a block device's identity: no file system has this number.
-const BLOCK_DEVICE: u64 = u64::MAX;
-
-/// Returns the identity of the file, which does not depend on the name by which it was opened.
-pub fn file_identity(about: &std::fs::Metadata) -> FileIdentity {
-    match about.file_type().is_block_device() {
-        true => device_identity(about.rdev()),
-        false => (about.dev(), about.ino()),
-    }
-}
-
-/// The identity of the block device of this number.
-pub(crate) fn device_identity(number: u64) -> FileIdentity {
-    (BLOCK_DEVICE, number)
-}
-
-/// Returns true if it is the identity of a block device.
-pub(crate) fn is_device(identity: FileIdentity) -> bool {
-    identity.0 == BLOCK_DEVICE
-}
-
 /// One disk of a running domain that its hypervisor has open.
 #[async_trait]
 pub trait AttachedDisk: Send + Sync {
@@ -524,7 +507,7 @@ pub trait AttachedDisk: Send + Sync {
     /// The call may be repeated, also after a crash in the middle: it continues where it stopped.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Cancelled`], or the failure: the chain is as before.
+    /// [`crate::error::ErrorKind::Cancelled`], or the failure: the chain is as before.
     async fn merge(
         &self,
         merge: &AttachedMerge,
@@ -588,7 +571,7 @@ pub trait LiveDomain: Send + Sync {
     /// moment.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: no changes made.
+    /// [`crate::error::ErrorKind::Refused`], [`crate::error::ErrorKind::Unsupported`]: no changes made.
     async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
         let _ = (plan, chains, probe);
         Ok(())
@@ -647,7 +630,8 @@ pub struct Obstacle {
 /// Properties of a hypervisor, on which plans and settings of its domains depend.
 ///
 /// ```
-/// use snapcore::{Hypervisor, HypervisorProfile};
+/// use snapcore::Hypervisor;
+/// use snapcore::hypervisor::HypervisorProfile;
 ///
 /// let profile = HypervisorProfile::new(Hypervisor::new("fake")?, "Fake", "NAME").saves_while_running();
 /// assert!(profile.saves_while_running && !profile.recreates);
@@ -771,19 +755,20 @@ pub trait VmStateSaver: Send + Sync {
     /// address. Relative paths start at `directory`. A canonical address is unchanged.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] if it is not an address of this hypervisor.
+    /// [`crate::error::ErrorKind::Usage`] if it is not an address of this hypervisor.
     fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control>;
 
     /// Connects to the domain if it runs; returns `None` otherwise. Changes nothing.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`] if another program has the connection; any failure that leaves it unknown.
+    /// [`crate::error::ErrorKind::Busy`] if another program has the connection; any failure that leaves it
+    /// unknown.
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>>;
 
     /// Describes the domain at an address.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::NotFound`] if none runs there.
+    /// [`crate::error::ErrorKind::NotFound`] if none runs there.
     async fn look(&self, control: &Control) -> Result<DomainInfo>;
 
     /// Lists the domains that run on this machine and can be reached. Domains that cannot be queried are
@@ -795,8 +780,9 @@ pub trait VmStateSaver: Send + Sync {
     /// does not outlive this process.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Corrupt`] with the first wrong place; [`crate::ErrorKind::NotFound`];
-    /// [`crate::ErrorKind::NoSpace`] if it cannot be uncompressed.
+    /// [`crate::error::ErrorKind::Corrupt`] with the first wrong place;
+    /// [`crate::error::ErrorKind::NotFound`]; [`crate::error::ErrorKind::NoSpace`] if it cannot be
+    /// uncompressed.
     async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
 
     /// Releases what [`VmStateSaver::check_memory`] keeps of an image that is not going to be loaded.

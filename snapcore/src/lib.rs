@@ -1,23 +1,27 @@
 //! The core of domsnap: snapshots of whole virtual machines, planned, journalled and recovered.
 //!
-//! This crate knows no disk format and no hypervisor. Its parts are:
+//! This crate knows no disk format, no store and no hypervisor. Its modules are the parts of its interface:
 //!
-//! - the terms of the field as types, and the trait that a storage backend fulfils ([`DiskSnapshotter`]);
-//! - the pure planner ([`plan`]);
-//! - the engine that carries a plan out so that the domain recovers from a crash at any time ([`engine`]);
-//! - the contract of the catalogue that remembers the snapshots ([`catalogue`]; `catalogue-sqlite` implements
-//!   it for one machine);
-//! - the service that combines them ([`Domsnap`]).
+//! | module | for | has |
+//! |---|---|---|
+//! | [`backend`] | authors of storage backends | the contract ([`backend::DiskSnapshotter`]) and its data |
+//! | [`manifest`] | authors of backends whose disks are no files | the records beside the data ([`manifest::ManifestStore`]) |
+//! | [`hypervisor`] | authors of hypervisors | the contracts ([`hypervisor::VmStateSaver`], [`hypervisor::LiveDomain`], [`hypervisor::AttachedDisk`]) and their data |
+//! | [`catalogue`] | authors of catalogues | the contract of the store ([`catalogue::Catalogue`]), and the journal |
+//! | [`service`] | programs that embed domsnap | the service ([`service::Domsnap`]), requests, outcomes, events |
+//!
+//! What all of them speak of is here at the root: domains, disks, snapshots, plans, errors. The planner and
+//! the engine, which carries a plan out so that the domain recovers from a crash at any time, are private.
 //!
 //! # Embedding
 //!
 //! ```no_run
 //! use std::sync::Arc;
 //!
-//! use snapcore::{
-//!     CreateRequest, DiskSnapshotter, DomainRef, Domsnap, Event, Registry, RevertRequest, SnapshotName,
-//!     catalogue::Catalogue,
-//! };
+//! use snapcore::backend::DiskSnapshotter;
+//! use snapcore::catalogue::Catalogue;
+//! use snapcore::service::{CreateRequest, DomainRef, Domsnap, Event, RevertRequest};
+//! use snapcore::{Registry, SnapshotName};
 //! use tokio_util::sync::CancellationToken;
 //!
 //! /// Takes a snapshot, tries something, and returns to the snapshot where that failed.
@@ -53,7 +57,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
-mod backend;
+pub mod backend;
 pub mod catalogue;
 mod confine;
 mod disk_plan;
@@ -63,7 +67,7 @@ mod erased;
 mod error;
 mod event;
 mod host;
-mod hypervisor;
+pub mod hypervisor;
 pub mod manifest;
 mod name;
 mod operation;
@@ -88,39 +92,20 @@ extern crate self as snapcore;
 #[path = "../tests/fake/mod.rs"]
 mod fake;
 
-pub use address::{DiskAddress, DiskIdentity};
-pub use backend::{
-    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
-    Progress, Salvage, Severity, StepContext, StepNeed,
-};
-pub use disk_plan::{DiskPlan, DiskRequest, InstantPlan};
+pub use address::{DiskAddress, DiskIdentity, FileIdentity, file_identity};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
-pub use erased::AnyDiskSnapshotter;
 pub use error::{Error, ErrorKind, Result};
-pub(crate) use event::Events;
-pub use event::{Event, EventStream};
 pub use host::Host;
-pub use hypervisor::{
-    AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, FileIdentity,
-    GuestChange, HypervisorProfile, Inside, LiveDomain, Medium, MemoryPlan, Obstacle, OpenChain, OpenLayer,
-    PowerAfter, Quiesce, Restart, RestartSource, SeenDisk, StartFromMemory, StartedDomain, StepOutcome,
-    Taken, VmStateSaver, file_identity,
-};
 pub use name::{DomainName, LayerName, SnapshotName, Target};
-pub use operation::{Operation, OperationId, OperationState, StepState};
 pub use registry::Registry;
-pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
-pub use service::{DomainRef, DomainSpec, Domsnap};
 pub use shape::{
     CutUnit, FinishStep, FinishUnit, HypervisorStep, NestedStep, PlacedStep, Plan, PlanStep, StepRef,
 };
 pub use shell::shell_command;
-pub(crate) use shell::shell_word;
 pub use size::shown_size;
 pub use snapshot::{
-    Consistency, DiskPoint, Found, FreeNames, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot,
-    SnapshotId, SnapshotTree,
+    Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
 };
-pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Undetermined};
-pub use step::{Edit, Group, Step, StepStatus};
+pub use state::TagIdentity;
+pub use step::{Edit, Group, Step};
 pub use zone::local_zone;

@@ -4,7 +4,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Error, ErrorKind, Group, PlacedStep, Plan, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::shape::{PlacedStep, Plan};
+use crate::step::Group;
 
 /// The identity of one operation. Sorts by start time.
 #[derive(

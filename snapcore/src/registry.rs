@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::{
-    AnyDiskSnapshotter, Disk, DiskAddress, DiskSnapshotter, Error, ErrorKind, Hypervisor, Result,
-    VmStateSaver, file_identity,
-};
+use crate::address::{DiskAddress, file_identity};
+use crate::backend::DiskSnapshotter;
+use crate::domain::{Disk, Hypervisor};
+use crate::erased::AnyDiskSnapshotter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::VmStateSaver;
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
 /// that are given by their path alone.
@@ -16,7 +18,8 @@ use crate::{
 /// ```
 /// use std::sync::Arc;
 ///
-/// use snapcore::{AnyDiskSnapshotter, ErrorKind, Registry};
+/// use snapcore::{ErrorKind, Registry};
+/// use snapcore::backend::AnyDiskSnapshotter;
 ///
 /// /// The backends of a program: listed explicitly, none is found automatically.
 /// fn registry(backends: Vec<Arc<AnyDiskSnapshotter>>) -> snapcore::Result<Registry> {

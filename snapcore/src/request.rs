@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use camino::Utf8PathBuf;
 
-use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
+use crate::hypervisor::{PowerAfter, Quiesce};
+use crate::name::{LayerName, SnapshotName, Target};
+use crate::snapshot::PointKind;
 
 /// Action for one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,7 +14,7 @@ use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 pub enum CreateDisk {
     /// Take a point of this kind. For an external point, a name may be given to the new overlay's file.
     Take(PointKind, Option<LayerName>),
-    /// Take a point by a method of the backend ([`crate::Capabilities::methods`]).
+    /// Take a point by a method of the backend ([`crate::backend::Capabilities::methods`]).
     Method(String),
     /// Leave the disk out of the snapshot.
     Skip,

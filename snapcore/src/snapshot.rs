@@ -7,7 +7,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{DiskRecord, DiskState, Error, ErrorKind, LayerName, Result, SnapshotName, TagIdentity, Target};
+use crate::domain::DiskRecord;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::{LayerName, SnapshotName, Target};
+use crate::state::{DiskState, TagIdentity};
 
 /// The identity of a snapshot. It survives renames, is unique over all domains, and sorts by creation time.
 #[derive(
@@ -173,7 +176,8 @@ pub struct Snapshot {
     /// Memory of the same instant, if it was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryPoint>,
-    /// The machine on which it was created ([`crate::Domain::machine`]); absent if the domain did not run.
+    /// The machine on which it was created ([`crate::domain::Domain::machine`]); absent if the domain did not
+    /// run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
     /// Disks of the domain that the user left out. Empty in snapshots of an older domsnap, which did not
@@ -199,12 +203,12 @@ impl Snapshot {
 
 /// Snapshots by other tools that were found in the images of one disk. An image may have very many.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct FoundSnapshots {
     snapshots: Vec<Snapshot>,
     names: FreeNames,
 }
 
-impl Found {
+impl FoundSnapshots {
     /// Adds one snapshot as the child of the one added before it: oldest first. `wanted` is its name in the
     /// image.
     pub fn add(

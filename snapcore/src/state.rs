@@ -3,7 +3,8 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{DiskAddress, LayerName, Target};
+use crate::address::DiskAddress;
+use crate::name::{LayerName, Target};
 
 /// Identity of an internal snapshot, to distinguish it from another of the same name that another program
 /// made in its place.

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerName, Machine, Point, Result, Snapshot, SnapshotId, Target};
+use crate::domain::Machine;
+use crate::error::Result;
+use crate::name::{LayerName, Target};
+use crate::snapshot::{Point, Snapshot, SnapshotId};
 
 /// Parts of a plan, by the time at which their steps run.
 #[derive(
@@ -20,8 +23,8 @@ pub enum Group {
 
 /// One action of a backend on one disk.
 ///
-/// A backend plans and receives its own type of action ([`crate::DiskSnapshotter::Action`]). In the journal,
-/// and to the engine, the action is JSON.
+/// A backend plans and receives its own type of action ([`crate::backend::DiskSnapshotter::Action`]). In the
+/// journal, and to the engine, the action is JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "Step")]
 pub struct Step<A = serde_json::Value> {
@@ -114,7 +117,7 @@ pub enum Edit {
         target: Target,
         /// The address.
         #[schemars(with = "String")]
-        path: crate::DiskAddress,
+        path: crate::address::DiskAddress,
     },
 }
 

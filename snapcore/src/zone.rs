@@ -3,7 +3,8 @@
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::{Result, SnapshotName};
+use crate::error::Result;
+use crate::name::SnapshotName;
 
 /// Returns the zone for times that are shown: that of `TZ`, or the machine's own.
 ///

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use fake::{FakeBackend, FakeDisk, Fault, How, When};
+use snapcore::service::*;
 use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
 use tokio_util::sync::CancellationToken;

@@ -3,11 +3,14 @@
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
+use snapcore::backend::{
+    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding, Guard,
+    InspectDepth, InternalPoint, Layer, Salvage, Severity, StepContext, StepStatus,
+};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, Consistency, DeleteCost, Disk, DiskAddress, DiskPlan, DiskPoint,
-    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, FinishStep, Guard,
-    InspectDepth, InternalPoint, Layer, LayerName, OpenLayer, Point, PointKind, Result, Salvage, Severity,
-    Snapshot, SnapshotId, SnapshotName, Step, StepContext, StepStatus,
+    ActivePath, Consistency, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, FinishStep,
+    LayerName, Point, PointKind, Result, Snapshot, SnapshotId, SnapshotName, Step,
 };
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;

@@ -5,7 +5,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Error, ErrorKind, Result, StepContext};
+use snapcore::backend::StepContext;
+use snapcore::{Error, ErrorKind, Result};
 
 const CHUNK: usize = 64 << 10;
 

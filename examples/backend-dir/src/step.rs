@@ -5,7 +5,8 @@ use std::fs;
 
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
-use snapcore::{Error, ErrorKind, Result, Salvage, StepContext, StepStatus};
+use snapcore::backend::{Salvage, StepContext, StepStatus};
+use snapcore::{Error, ErrorKind, Result};
 
 use crate::files::{
     copy, failed, flush, flush_around, part, point, points, remove, same_content, same_file, tidy,

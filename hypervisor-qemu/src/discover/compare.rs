@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use snapcore::Medium;
+use snapcore::hypervisor::Medium;
 
 use super::{Device, Discovery};
 

@@ -46,7 +46,7 @@ const THREADS: usize = 8;
 const PIECE: usize = 64 << 10;
 
 /// The levels of compression.
-pub(super) const LEVELS: RangeInclusive<u8> = 1..=snapcore::Control::MAX_COMPRESSION;
+pub(super) const LEVELS: RangeInclusive<u8> = 1..=snapcore::hypervisor::Control::MAX_COMPRESSION;
 
 /// Progress of packing, and the request to stop it. Shared by the threads that pack and those that watch.
 #[derive(Debug, Default)]

@@ -1,7 +1,8 @@
 //! Addresses of monitors and guest agents, as users write them and in their canonical form.
 
 use camino::Utf8Path;
-use snapcore::{Control, Error, ErrorKind, Result};
+use snapcore::hypervisor::Control;
+use snapcore::{Error, ErrorKind, Result};
 
 /// Prefix of a TCP address.
 const TCP: &str = "tcp:";

@@ -9,10 +9,10 @@ use std::{
 use camino::Utf8Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use snapcore::{
-    Consistency, DiskAddress, DiskInstant, DomainContext, Error, ErrorKind, MemoryPlan, OpenLayer,
-    PowerAfter, Quiesce, Result, StepOutcome, Taken, Target,
+use snapcore::hypervisor::{
+    DiskInstant, DomainContext, MemoryPlan, OpenLayer, PowerAfter, Quiesce, StepOutcome, Taken,
 };
+use snapcore::{Consistency, DiskAddress, Error, ErrorKind, Result, Target};
 
 use super::{
     disk::{Disk, identity, layer},

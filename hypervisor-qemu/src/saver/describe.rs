@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 use camino::Utf8PathBuf;
 use serde_json::{Value, json};
-use snapcore::{DomainInfo, SeenDisk, Target};
+use snapcore::Target;
+use snapcore::hypervisor::{DomainInfo, SeenDisk};
 
 use super::disk::{FileView, QemuChain, target_name};
 use crate::{

@@ -8,10 +8,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use snapcore::{
-    AttachedDisk, AttachedMerge, DiskRecord, FileIdentity, Inside, OpenLayer, Progress, Result, Target,
-    file_identity,
-};
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{AttachedDisk, AttachedMerge, Inside, OpenLayer};
+use snapcore::{DiskRecord, FileIdentity, Result, Target, file_identity};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 

@@ -9,10 +9,11 @@ use std::{
 
 use async_trait::async_trait;
 use qmp::Agent;
-use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity,
-    LiveDomain, Medium, Obstacle, OpenChain, Plan, Result, StepOutcome, Target,
+use snapcore::hypervisor::{
+    AttachedDisk, Control, DomainContext, DomainInfo, DomainStep, LiveDomain, Medium, Obstacle, OpenChain,
+    StepOutcome,
 };
+use snapcore::{Domain, Error, ErrorKind, FileIdentity, Plan, Result, Target};
 use tokio::{sync::watch, time::timeout};
 
 use super::{

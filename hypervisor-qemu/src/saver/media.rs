@@ -1,7 +1,8 @@
 //! Puts media back into the drives that the memory has them in.
 
 use serde_json::json;
-use snapcore::{Error, ErrorKind, Medium, Result};
+use snapcore::hypervisor::Medium;
+use snapcore::{Error, ErrorKind, Result};
 
 use super::{error::to_engine, preflight};
 use crate::{

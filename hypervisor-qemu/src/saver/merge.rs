@@ -6,7 +6,9 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use snapcore::{AttachedMerge, Error, ErrorKind, FileIdentity, Inside, Progress, Result, Target};
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{AttachedMerge, Inside};
+use snapcore::{Error, ErrorKind, FileIdentity, Result, Target};
 use tokio_util::sync::CancellationToken;
 
 use super::{

@@ -2,8 +2,8 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
-//! | `disk`, `merge` | [`snapcore::AttachedDisk`]: the device of a disk, its open images; merges |
+//! | `live` | [`snapcore::hypervisor::LiveDomain`]: a connection, and the place where each step is done |
+//! | `disk`, `merge` | [`snapcore::hypervisor::AttachedDisk`]: the device of a disk, its open images; merges |
 //! | `cut` | the cut, and the memory that is written after it |
 //! | `reopen` | frozen images reopened by their permanent names |
 //! | `section` | detached sections: disks closed and reopened under a paused guest |
@@ -51,10 +51,11 @@ use std::{
 use async_trait::async_trait;
 use camino::Utf8Path;
 use qmp::{Options, Qmp};
-use snapcore::{
-    Control, Domain, DomainInfo, Error, ErrorKind, Hypervisor, HypervisorProfile, LiveDomain, Progress,
-    Registry, Result, StartFromMemory, StepOutcome, VmStateSaver,
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{
+    Control, DomainInfo, HypervisorProfile, LiveDomain, StartFromMemory, StepOutcome, VmStateSaver,
 };
+use snapcore::{Domain, Error, ErrorKind, Hypervisor, Registry, Result};
 use tokio::time::timeout;
 
 use crate::{

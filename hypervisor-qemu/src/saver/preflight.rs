@@ -18,10 +18,8 @@ use std::{
 };
 
 use serde_json::json;
-use snapcore::{
-    DiskInstant, DomainStep, Edit, Error, ErrorKind, OpenChain, Plan, PowerAfter, Quiesce, Result, SeenDisk,
-    StepRef, Target,
-};
+use snapcore::hypervisor::{DiskInstant, DomainStep, OpenChain, PowerAfter, Quiesce, SeenDisk};
+use snapcore::{Edit, Error, ErrorKind, Plan, Result, StepRef, Target};
 
 use super::{
     disk::{Disk, identity},

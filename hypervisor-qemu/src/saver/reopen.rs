@@ -3,7 +3,8 @@
 //! QEMU has the image that it was started with under the configured path, which is another image's as soon as
 //! that one is frozen. QEMU reopens images by the names that it has, and would write the wrong one.
 
-use snapcore::{Error, ErrorKind, OpenChain, Result};
+use snapcore::hypervisor::OpenChain;
+use snapcore::{Error, ErrorKind, Result};
 
 use super::{
     disk::{Disk, identity},

@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use snapcore::{Control, DomainInfo, Result};
+use snapcore::Result;
+use snapcore::hypervisor::{Control, DomainInfo};
 use tokio::time::timeout;
 
 use super::{Qemu, describe};

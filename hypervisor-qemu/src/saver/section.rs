@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
-use snapcore::{
-    DomainContext, Error, ErrorKind, GuestChange, OpenChain, PowerAfter, Result, StepOutcome, Target,
-};
+use snapcore::hypervisor::{DomainContext, GuestChange, OpenChain, PowerAfter, StepOutcome};
+use snapcore::{Error, ErrorKind, Result, Target};
 use tokio::time::timeout;
 
 use super::{

@@ -9,10 +9,8 @@ use std::{
 };
 
 use qmp::Agent;
-use snapcore::{
-    ActivePath, Error, ErrorKind, GuestChange, PowerAfter, Result, StartFromMemory, StartedDomain,
-    StepOutcome,
-};
+use snapcore::hypervisor::{GuestChange, PowerAfter, StartFromMemory, StartedDomain, StepOutcome};
+use snapcore::{ActivePath, Error, ErrorKind, Result};
 use tokio::time::sleep;
 
 use super::{

@@ -6,7 +6,8 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Progress, Result};
+use snapcore::Result;
+use snapcore::backend::Progress;
 
 use super::error::blocking;
 use crate::memory::{Image, Stored};

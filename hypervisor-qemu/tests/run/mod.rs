@@ -14,10 +14,13 @@ use anyhow::{Context, Result};
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu;
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{
+    AttachedMerge, Control, DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, MemoryPlan,
+    OpenChain, OpenLayer, Quiesce, StepOutcome, VmStateSaver,
+};
 use snapcore::{
-    ActivePath, AttachedMerge, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainName,
-    DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan, OpenChain,
-    OpenLayer, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
+    ActivePath, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Target,
 };
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;

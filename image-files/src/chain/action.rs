@@ -1,7 +1,8 @@
 //! The actions of a chain of files, and the effects of each on files.
 
 use serde::{Deserialize, Serialize};
-use snapcore::{DiskRecord, FileUses, InternalPoint, LayerName, TagIdentity};
+use snapcore::backend::{FileUses, InternalPoint};
+use snapcore::{DiskRecord, LayerName, TagIdentity};
 
 use crate::layer_name::layer_path;
 
@@ -141,7 +142,7 @@ pub fn room_of_overlay(virtual_size: u64) -> u64 {
     table.next_multiple_of(BLOCK).saturating_add(3 * BLOCK)
 }
 
-/// Returns the effects of a chain's step on files, for [`snapcore::DiskSnapshotter::uses`].
+/// Returns the effects of a chain's step on files, for [`snapcore::backend::DiskSnapshotter::uses`].
 pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
     let path = record.disk.path();
     let file = |layer: &LayerName| {

@@ -1,6 +1,7 @@
 //! The cost of a delete, from its plan.
 
-use snapcore::{DeleteCost, DiskPlan, DiskState, LayerName, Result};
+use snapcore::backend::{DeleteCost, DiskPlan, DiskState};
+use snapcore::{LayerName, Result};
 
 use super::{ChainStep, Tag};
 

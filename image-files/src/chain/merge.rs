@@ -1,6 +1,7 @@
 //! Merges of runs of layers whose lower ones are not needed.
 
-use snapcore::{DiskAddress, Edit, Group, Layer, LayerName, Point, Result};
+use snapcore::backend::Layer;
+use snapcore::{DiskAddress, Edit, Group, LayerName, Point, Result};
 
 use super::{ChainStep, Planner, VisibleBytes, enumeration};
 

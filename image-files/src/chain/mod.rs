@@ -13,9 +13,10 @@ mod take;
 
 use std::collections::HashSet;
 
+use snapcore::backend::{Capabilities, DiskPlan, DiskRequest, DiskState, Layer};
 use snapcore::{
-    ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind,
-    FinishStep, Group, Layer, LayerName, NestedStep, Point, Result, Step, Target,
+    ActivePath, DiskRecord, Edit, Error, ErrorKind, FinishStep, Group, LayerName, NestedStep, Point, Result,
+    Step, Target,
 };
 
 pub use self::action::{ChainStep, Tag, room_of_overlay, uses};

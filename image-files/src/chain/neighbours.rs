@@ -1,10 +1,8 @@
 //! Restrictions by images that are not layers of the disk: no layer that backs one, or may back one, is
 //! changed.
 
-use snapcore::{
-    ActivePath, DiskAddress, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Result,
-    Undetermined, shell_command,
-};
+use snapcore::backend::{DiskPlan, DiskRequest, DiskState, Undetermined};
+use snapcore::{ActivePath, DiskAddress, DiskRecord, Error, ErrorKind, Result, shell_command};
 
 use super::ChainStep;
 use crate::layer_name::layer_path;

@@ -1,8 +1,9 @@
 //! Creates and reverts: new layers, and the switch to them.
 
+use snapcore::backend::{InstantPlan, Layer};
+use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    DiskInstant, Edit, Error, ErrorKind, Group, InstantPlan, Layer, LayerName, Point, PointKind, Result,
-    SnapshotName, shown_size,
+    Edit, Error, ErrorKind, Group, LayerName, Point, PointKind, Result, SnapshotName, shown_size,
 };
 
 use super::{ChainStep, Planner, Tag};

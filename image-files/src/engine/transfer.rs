@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use snapcore::Progress;
+use snapcore::backend::Progress;
 
 use super::error::{Error, Result};
 use super::file::ImageFile;

@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
+use snapcore::hypervisor::{GuestChange, PowerAfter};
+use snapcore::service::{CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
-use snapcore::{
-    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, GuestChange, Plan, PointKind,
-    PowerAfter, Request, RevertRequest, SnapshotName, shell_command,
-};
+use snapcore::{Error, ErrorKind, Group, Plan, PointKind, SnapshotName, shell_command};
 
 use crate::answer::Answer;
 use crate::args::{Create, CreateRunning, Delete, Revert, Then};

@@ -11,19 +11,21 @@
 //! **Everything else goes through the service**, as a domain of one disk: external snapshots, and each image
 //! with a history in the catalogue.
 //!
-//! [`Domsnap::require_closed`]: snapcore::Domsnap::require_closed
-//! [`Domsnap::belonging`]: snapcore::Domsnap::belonging
-//! [`Domsnap::require_authoritative`]: snapcore::Domsnap::require_authoritative
-//! [`Domsnap::backed_by`]: snapcore::Domsnap::backed_by
+//! [`Domsnap::require_closed`]: snapcore::service::Domsnap::require_closed
+//! [`Domsnap::belonging`]: snapcore::service::Domsnap::belonging
+//! [`Domsnap::require_authoritative`]: snapcore::service::Domsnap::require_authoritative
+//! [`Domsnap::backed_by`]: snapcore::service::Domsnap::backed_by
 
 use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::layer_path;
 use jiff::Timestamp;
+use snapcore::backend::InspectDepth;
 use snapcore::service::{Belonging, DomainRef, GivenImage, Listing};
+use snapcore::service::{CreateRequest, DeleteRequest, RevertRequest};
 use snapcore::{
-    ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
-    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target, shell_command,
+    ActivePath, Disk as DomainDisk, Error, ErrorKind, Point, PointKind, Result, Snapshot, SnapshotName,
+    Target, shell_command,
 };
 
 use crate::answer::Answer;

@@ -1,8 +1,9 @@
 //! `domsnap domain ...` and `domsnap import`.
 
 use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::hypervisor::Control;
 use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport};
-use snapcore::{Control, Error, ErrorKind, Hypervisor};
+use snapcore::{Error, ErrorKind, Hypervisor};
 
 use crate::answer::Answer;
 use crate::args::{Domain, DomainAdd, DomainDisk, Import};

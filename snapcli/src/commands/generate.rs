@@ -3,7 +3,8 @@
 use camino::Utf8Path;
 use clap::CommandFactory;
 use clap_complete::Shell;
-use snapcore::{Capabilities, Error, ErrorKind, PointKind};
+use snapcore::backend::Capabilities;
+use snapcore::{Error, ErrorKind, PointKind};
 
 use crate::answer::{self, Answer};
 use crate::args::Cli;

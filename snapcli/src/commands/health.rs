@@ -1,8 +1,9 @@
 //! `domsnap check` and `domsnap recover`.
 
 use anstyle::{AnsiColor, Style};
+use snapcore::backend::Severity;
+use snapcore::catalogue::OperationState;
 use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
-use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
 use crate::args::Recover;

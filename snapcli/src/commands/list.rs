@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
 use jiff::tz::TimeZone;
+use snapcore::backend::{DiskState, Layer};
 use snapcore::service::{DiskReport, DomainRef, Unfinished};
-use snapcore::{DiskState, Layer};
 
 use crate::answer::Answer;
 use crate::args::List;

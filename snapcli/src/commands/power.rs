@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use snapcore::hypervisor::{DomainInfo, PowerAfter};
 use snapcore::service::{DomainRef, Outcome};
-use snapcore::{Domain, DomainInfo, DomainName, PowerAfter};
+use snapcore::{Domain, DomainName};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 

@@ -1,7 +1,8 @@
 //! `domsnap show`
 
+use snapcore::backend::DeleteCost;
 use snapcore::service::Details;
-use snapcore::{Consistency, DeleteCost, MemoryPoint};
+use snapcore::{Consistency, MemoryPoint};
 
 use crate::answer::Answer;
 use crate::args::Show;

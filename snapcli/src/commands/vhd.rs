@@ -77,7 +77,7 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
         }
     }
     let worst = findings.iter().map(|finding| finding.severity).max();
-    let findings = findings.into_iter().map(|finding| snapcore::Finding {
+    let findings = findings.into_iter().map(|finding| snapcore::backend::Finding {
         severity: severity(finding.severity),
         subject: path.to_string(),
         message: match finding.repairable {
@@ -215,19 +215,19 @@ fn engine<T>(done: backend_vhd::image::Result<T>) -> Result<T, Failure> {
     })
 }
 
-fn severity(severity: Severity) -> snapcore::Severity {
+fn severity(severity: Severity) -> snapcore::backend::Severity {
     match severity {
-        Severity::Note => snapcore::Severity::Note,
-        Severity::Warning => snapcore::Severity::Warning,
-        Severity::Error => snapcore::Severity::Error,
+        Severity::Note => snapcore::backend::Severity::Note,
+        Severity::Warning => snapcore::backend::Severity::Warning,
+        Severity::Error => snapcore::backend::Severity::Error,
     }
 }
 
 fn shown(document: &DiskVhdDoc) -> String {
     let word = |severity| match severity {
-        snapcore::Severity::Note => "note",
-        snapcore::Severity::Warning => "warning",
-        snapcore::Severity::Error => "error",
+        snapcore::backend::Severity::Note => "note",
+        snapcore::backend::Severity::Warning => "warning",
+        snapcore::backend::Severity::Error => "error",
     };
     let mut text = String::new();
     for done in &document.done {

@@ -15,11 +15,11 @@ fn revert_to_a() -> Op {
     Op::Revert { to: "a".into(), save: None }
 }
 
-fn can_be_killed(_: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+fn can_be_killed(_: &snapcore::backend::Capabilities, subject: &dyn TestBackend) -> bool {
     subject.can_be_killed()
 }
 
-fn killed_in_trees(can: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+fn killed_in_trees(can: &snapcore::backend::Capabilities, subject: &dyn TestBackend) -> bool {
     trees_with_deletes(can, subject) && subject.can_be_killed()
 }
 

@@ -1,7 +1,8 @@
 //! Steps that fail, are cancelled, or are done twice.
 
 use anyhow::{Context, Result, ensure};
-use snapcore::{ErrorKind, StepStatus};
+use snapcore::ErrorKind;
+use snapcore::backend::StepStatus;
 use tokio_util::sync::CancellationToken;
 
 use super::{TestCase, trees_with_deletes};

@@ -10,7 +10,7 @@ mod reading;
 mod together;
 
 use anyhow::Result;
-use snapcore::Capabilities;
+use snapcore::backend::Capabilities;
 
 use crate::fixture::{Fixture, Method};
 use crate::seed::from_env;

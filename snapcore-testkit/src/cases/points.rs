@@ -169,7 +169,7 @@ pub(super) const CASES: [TestCase; 12] = [
             let format = fixture.records()?[0].disk.format.clone();
             ensure!(capabilities.internal || capabilities.external, "it declares no kind of point");
             fixture.lose_catalogue()?;
-            let images = snapcore::DomainRef::images(&paths)?.format(format);
+            let images = snapcore::service::DomainRef::images(&paths)?.format(format);
             let process = fixture.process()?;
             let report = process.wait(process.service.import(&images, Default::default()))?;
             ensure!(report.notes.is_empty(), "the import reports {:?}", report.notes);

@@ -1,7 +1,7 @@
 //! Power losses: what was not flushed may be there or not.
 
 use anyhow::{Context, Result, ensure};
-use snapcore::Capabilities;
+use snapcore::backend::Capabilities;
 
 use super::{TestCase, trees_with_deletes};
 use crate::fixture::{Fixture, Method, Op};

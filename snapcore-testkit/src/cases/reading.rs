@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 
 use anyhow::{Context, ensure};
-use snapcore::{DeleteRequest, Error, LayerName, Point, Request, RevertRequest, SnapshotName, StepContext};
+use snapcore::backend::StepContext;
+use snapcore::service::{DeleteRequest, Request, RevertRequest};
+use snapcore::{Error, LayerName, Point, SnapshotName};
 use tokio_util::sync::CancellationToken;
 
 use super::TestCase;
@@ -11,7 +13,7 @@ use crate::fixture::{Fixture, TARGETS, refusal};
 
 struct Silent;
 
-impl snapcore::Progress for Silent {
+impl snapcore::backend::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
@@ -148,12 +150,13 @@ pub(super) const CASES: [TestCase; 6] = [
             let process = fixture.process()?;
             let backend = process.service.registry().serving(&record.disk)?;
             process.wait(async {
-                let state = backend.inspect(&record, snapcore::InspectDepth::Dependents, None).await?;
+                let state =
+                    backend.inspect(&record, snapcore::backend::InspectDepth::Dependents, None).await?;
                 let nowhere =
                     Point { layer: LayerName("no-such-layer".into()), tag: Some("no-such-tag".into()) };
                 let here = Point { layer: record.active.clone(), tag: Some("no-such-tag".into()) };
                 for to in [nowhere, here] {
-                    let request = snapcore::DiskRequest::Revert {
+                    let request = snapcore::backend::DiskRequest::Revert {
                         to: to.clone(),
                         save: None,
                         keep: vec![to],

@@ -13,7 +13,7 @@ use crate::fault::{Fault, FaultKind, Moment};
 use crate::fixture::{Fixture, Method, Op, Process};
 use crate::test_backend::TestBackend;
 
-fn path_stays(_: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+fn path_stays(_: &snapcore::backend::Capabilities, subject: &dyn TestBackend) -> bool {
     subject.path_stays()
 }
 

@@ -1,13 +1,17 @@
 //! The effect of an edit on a domain and its snapshots, defined once for every store.
 
-use crate::{Domain, Edit, Error, ErrorKind, Result, SnapshotTree, Target};
+use crate::domain::Domain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Target;
+use crate::snapshot::SnapshotTree;
+use crate::step::Edit;
 
 impl Edit {
     /// Applies the edit to a domain and its snapshots. Every store uses it.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`] for a second snapshot of the same name or identity; [`ErrorKind::NotFound`] for a
-    /// snapshot or disk that does not exist. `domain` and `tree` are then unchanged.
+    /// [`ErrorKind::Exists`] for a second snapshot of the same name or identity; [`ErrorKind::NotFound`] for
+    /// a snapshot or disk that does not exist. `domain` and `tree` are then unchanged.
     pub fn apply(&self, domain: &mut Domain, tree: &mut SnapshotTree) -> Result<()> {
         match self {
             Edit::AddSnapshot { snapshot } => {
@@ -85,7 +89,7 @@ impl Edit {
     }
 }
 
-fn disk<'a>(domain: &'a mut Domain, target: &Target) -> Result<&'a mut crate::DiskRecord> {
+fn disk<'a>(domain: &'a mut Domain, target: &Target) -> Result<&'a mut crate::domain::DiskRecord> {
     let name = &domain.name;
     domain
         .disks

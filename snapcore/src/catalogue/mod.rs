@@ -19,10 +19,14 @@ use uuid::Uuid;
 
 pub use row::StepRow;
 
-use crate::{
-    DiskAddress, Domain, DomainName, Edit, Operation, OperationId, OperationState, Result, Snapshot,
-    SnapshotTree, StepState,
-};
+pub use crate::operation::{Operation, OperationId, OperationState, StepState};
+
+use crate::address::DiskAddress;
+use crate::domain::Domain;
+use crate::error::Result;
+use crate::name::DomainName;
+use crate::snapshot::{Snapshot, SnapshotTree};
+use crate::step::Edit;
 
 /// Counter of the changes of a domain's records. Each transaction on a domain increases it. It never
 /// decreases, as far as a holder of an older value can see, even if the domain is removed and registered
@@ -148,8 +152,8 @@ impl Lease {
 /// * **One domain, one transaction.** [`Catalogue::commit`] applies all its changes or none. When it returns
 ///   they are durable: they survive a power failure. A transaction never spans domains.
 /// * **Compare and set.** A transaction names the revision that it expects. If the domain has another one, it
-///   changes nothing and fails with [`crate::ErrorKind::Busy`]. A success returns the new revision, which is
-///   greater.
+///   changes nothing and fails with [`crate::error::ErrorKind::Busy`]. A success returns the new revision,
+///   which is greater.
 /// * **Identities belong to a domain.** Snapshots of two domains may have the same identity, because an older
 ///   domsnap imported copies of a directory so. A change to one domain's snapshot never affects the other's.
 /// * **Revisions order old and new.** They are written beside the data, together with the catalogue's
@@ -185,8 +189,9 @@ pub trait Catalogue: Send + Sync {
     /// Changes a domain.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`] if the domain's revision is not `expected`; [`crate::ErrorKind::Exists`] if
-    /// a disk belongs to another domain, or a snapshot's name is in use. Nothing was changed then.
+    /// [`crate::error::ErrorKind::Busy`] if the domain's revision is not `expected`;
+    /// [`crate::error::ErrorKind::Exists`] if a disk belongs to another domain, or a snapshot's name is in
+    /// use. Nothing was changed then.
     async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision>;
 
     /// Streams the domain's revisions, the current one first. Some revisions may be left out, but never the
@@ -197,6 +202,6 @@ pub trait Catalogue: Send + Sync {
     /// dies, the lease ends by itself after `time_to_live` at the latest.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`], with the name of the holder.
+    /// [`crate::error::ErrorKind::Busy`], with the name of the holder.
     async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease>;
 }

@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use super::{Run, Running};
+use crate::backend::Leftover;
 use crate::catalogue::Change;
+use crate::domain::DiskRecord;
+use crate::erased::AnyDiskSnapshotter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::hypervisor::DomainStep;
+use crate::name::Target;
+use crate::operation::StepState;
 use crate::operation::{StepTransition, Transition};
 use crate::service::Postponed;
-use crate::{
-    AnyDiskSnapshotter, DiskRecord, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
-    StepRef, StepState, StepStatus, Target,
-};
+use crate::shape::StepRef;
+use crate::step::{Group, Step, StepStatus};
 
 impl Running<'_> {
     /// Does the finish steps that are not done, and ends the operation.

@@ -1,6 +1,7 @@
 //! The running guest in one run of an operation: what the operation has done to it so far.
 
-use crate::{DomainStep, Target};
+use crate::hypervisor::DomainStep;
+use crate::name::Target;
 
 /// The effect of this run on the guest. It covers no run before a crash: that is read from the journal and
 /// from the hypervisor.

@@ -16,8 +16,8 @@
 //! **The domain may have run in between**, started by a user or a program that knows of no crash. It may have
 //! written to whatever its configured paths named. Two questions to the backend protect these writes:
 //!
-//! - Before a step is undone: what would the undo lose ([`crate::Salvage`])? That is saved, durably, before
-//!   the undo begins, or the step stays.
+//! - Before a step is undone: what would the undo lose ([`crate::backend::Salvage`])? That is saved, durably,
+//!   before the undo begins, or the step stays.
 //! - Before the rest is carried through: was a step that is recorded as done superseded? Then a later step
 //!   would lose writes that the earlier one did not process. The earlier step is repeated, and recorded,
 //!   before the later ones.
@@ -40,13 +40,17 @@ use tokio_util::sync::CancellationToken;
 
 use self::guest::Guest;
 use crate::catalogue::{Catalogue, Change, Entry, Revision};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Events};
+use crate::hypervisor::{GuestChange, LiveDomain, StartedDomain, StepOutcome, Taken};
 use crate::manifest::ManifestStore;
+use crate::operation::{Operation, OperationId, OperationState, StepState};
 use crate::operation::{StepTransition, Transition};
+use crate::registry::Registry;
 use crate::service::Postponed;
-use crate::{
-    Edit, Error, ErrorKind, Event, Events, GuestChange, LiveDomain, Operation, OperationId, OperationState,
-    Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepRef, StepState, Taken,
-};
+use crate::shape::{Plan, StepRef};
+use crate::snapshot::Snapshot;
+use crate::step::Edit;
 
 /// Carries plans out on one domain, whose lock and disks the caller has.
 pub(crate) struct Engine<'a> {

@@ -16,11 +16,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::Running;
 use super::guest::Guest;
-use crate::{
-    AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
-    Events, Group, Inside, LiveDomain, OpenChain, OperationId, PowerAfter, Progress, Result, Salvage,
-    StartFromMemory, Step, StepContext, StepOutcome, StepRef, StepState, StepStatus, Target,
+use crate::backend::{Progress, Salvage, StepContext};
+use crate::domain::DiskRecord;
+use crate::erased::AnyDiskSnapshotter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Events};
+use crate::hypervisor::{
+    DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, OpenChain, PowerAfter, StartFromMemory,
+    StepOutcome,
 };
+use crate::name::Target;
+use crate::operation::{OperationId, StepState};
+use crate::shape::StepRef;
+use crate::step::{Edit, Group, Step, StepStatus};
 
 impl Running<'_> {
     /// The steps that are done as one with the step at `head`: itself, and those nested in it. A domain that

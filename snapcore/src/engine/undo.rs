@@ -7,11 +7,14 @@ use tokio::time::sleep;
 
 use super::Running;
 use crate::catalogue::Change;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::hypervisor::{DomainStep, PowerAfter};
+use crate::name::Target;
+use crate::operation::StepState;
 use crate::operation::{StepTransition, Transition};
 use crate::shape::subject;
-use crate::{
-    DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
-};
+use crate::step::{Edit, Group, StepStatus};
 
 /// The time for which an image locked by another program is tried again while a guest waits for its disks.
 const PATIENCE: Duration = Duration::from_secs(10);

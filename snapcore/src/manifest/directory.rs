@@ -24,7 +24,10 @@ use serde_json::value::RawValue;
 
 use super::{DomainManifest, Found, Item, ManifestStore, Problem};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
-use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
+use crate::domain::Domain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::shell::shell_word;
+use crate::snapshot::{Snapshot, SnapshotId};
 
 /// The version of the envelope and of its content.
 pub(crate) const VERSION: u32 = 1;

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::{DiskInput, Planner};
-use crate::{Error, ErrorKind, PointKind, Result, SnapshotId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::snapshot::{PointKind, SnapshotId};
 
 impl Planner<'_> {
     /// Refuses a kind or a method that the format does not have.

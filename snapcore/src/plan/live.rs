@@ -5,13 +5,18 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::Planner;
 use super::merged::{Merged, of_domain};
-use crate::request::BUDGET;
-use crate::shape::{CutUnit, FinishStep, FinishUnit, HypervisorStep, PlanStep};
-use crate::{
-    Consistency, Control, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind,
-    HypervisorProfile, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PowerAfter, Quiesce, Restart,
-    RestartSource, Result, RevertRequest, Snapshot, Target,
+use crate::domain::Machine;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{
+    Control, DiskInstant, DomainInfo, DomainStep, HypervisorProfile, Medium, MemoryPlan, Obstacle,
+    PowerAfter, Quiesce, Restart, RestartSource,
 };
+use crate::name::Target;
+use crate::request::BUDGET;
+use crate::request::{CreateRequest, RevertRequest};
+use crate::shape::{CutUnit, FinishStep, FinishUnit, HypervisorStep, PlanStep};
+use crate::snapshot::{Consistency, MemoryPoint, Snapshot};
+use crate::step::Edit;
 
 /// A running domain as the planner sees it.
 #[derive(Debug, Clone)]

@@ -1,7 +1,11 @@
 //! The plans of all disks, put together part by part. The domain's own steps are then added around them.
 
+use crate::disk_plan::DiskPlan;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::DomainStep;
+use crate::name::SnapshotName;
 use crate::shape::{CutUnit, FinishUnit, HypervisorStep, Plan, PlanStep};
-use crate::{DiskPlan, DomainStep, Edit, Error, ErrorKind, Result, SnapshotName, Step};
+use crate::step::{Edit, Step};
 
 /// The parts of a plan in the making.
 #[derive(Default)]

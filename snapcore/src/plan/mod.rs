@@ -10,12 +10,19 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::{
-    AnyDiskSnapshotter, Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan,
-    DiskPoint, DiskRecord, DiskRequest, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
-    PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
-    SnapshotTree, Target,
+use crate::disk_plan::{DiskPlan, DiskRequest};
+use crate::domain::{DiskRecord, Domain};
+use crate::erased::AnyDiskSnapshotter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{PowerAfter, SeenDisk};
+use crate::name::{SnapshotName, Target};
+use crate::request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
+use crate::shape::Plan;
+use crate::snapshot::{
+    Consistency, DiskPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
 };
+use crate::state::DiskState;
+use crate::step::Edit;
 
 use merged::Merged;
 
@@ -138,7 +145,7 @@ impl Planner<'_> {
             let mut ask = DiskRequest::Create { kind, method, name, overlay, keep, stamp: stamp() };
             let mut plan = disk.plan(self.domain, &ask).await?;
             if let Some(why) = self.seen(disk.target()).and_then(|seen| seen.no_internal.as_ref())
-                && matches!(take_of(&plan), Some(crate::DiskInstant::Internal { .. }))
+                && matches!(take_of(&plan), Some(crate::hypervisor::DiskInstant::Internal { .. }))
                 && is_default
             {
                 self.require_kind(disk, Some(PointKind::External), None)?;
@@ -355,9 +362,13 @@ impl Planner<'_> {
     fn refuse_replaced(&self, wanted: &Snapshot, disk: &DiskInput, member: &DiskPoint) -> Result<()> {
         let Some(why) = member.replaced(&disk.state) else { return Ok(()) };
         let (domain, snapshot) = (&self.domain.name, &wanted.name);
-        let remove = crate::shell_command(["domsnap", "delete", domain.as_str(), snapshot.as_str()]);
-        let adopt =
-            crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
+        let remove = crate::shell::shell_command(["domsnap", "delete", domain.as_str(), snapshot.as_str()]);
+        let adopt = crate::shell::shell_command([
+            "domsnap",
+            "import",
+            "--replace",
+            disk.record.disk.address.as_str(),
+        ]);
         Err(Error::new(ErrorKind::Refused, format!("{}: {why}", disk.target()))
             .state("no changes made")
             .advise(format!(
@@ -533,7 +544,7 @@ pub(crate) fn split_points(
 }
 
 /// The hypervisor's part in the cut of a disk, if it has one.
-fn take_of(plan: &DiskPlan) -> Option<&crate::DiskInstant> {
+fn take_of(plan: &DiskPlan) -> Option<&crate::hypervisor::DiskInstant> {
     plan.instant.as_ref().map(|instant| &instant.take)
 }
 
@@ -548,7 +559,8 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
     if same < 2 {
         return Ok(());
     }
-    let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
+    let adopt =
+        crate::shell::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
     Err(Error::new(
         ErrorKind::Refused,
         format!(

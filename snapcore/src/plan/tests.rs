@@ -4,7 +4,10 @@
 use camino::Utf8PathBuf;
 
 use super::{DiskInput, RunningDomain, plan};
+use crate::backend::*;
 use crate::fake::{FakeBackend, FakeDisk};
+use crate::hypervisor::*;
+use crate::service::*;
 use crate::*;
 
 /// Plans `requests` for a running domain of one disk, with a backend that declares `can`.

@@ -11,11 +11,18 @@ use super::{
     Belonging, Details, DiskReport, DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport,
     Listing, Outcome, RecoveryReport, Removal, Scanned, images, importer,
 };
+use crate::address::DiskAddress;
+use crate::backend::Finding;
 use crate::catalogue::Catalogue;
-use crate::{
-    Control, CreateRequest, DeleteRequest, DiskAddress, Domain, DomainInfo, DomainName, Error, ErrorKind,
-    EventStream, Finding, Host, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName,
-};
+use crate::domain::{Domain, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventStream;
+use crate::host::Host;
+use crate::hypervisor::{Control, DomainInfo};
+use crate::name::{DomainName, SnapshotName};
+use crate::registry::Registry;
+use crate::request::{CreateRequest, DeleteRequest, Request, RevertRequest};
+use crate::shape::Plan;
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
 #[derive(Clone)]
@@ -370,7 +377,7 @@ impl Domsnap {
     /// # Errors
     /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only
     /// one.
-    pub async fn disk_remove(&self, domain: &DomainRef, target: &crate::Target) -> Result<Domain> {
+    pub async fn disk_remove(&self, domain: &DomainRef, target: &crate::name::Target) -> Result<Domain> {
         let (room, domain, target) = (self.rooms.registrar.clone(), domain.clone(), target.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move {
             room.disk_remove(domain, target, cancel).await
@@ -383,7 +390,7 @@ impl Domsnap {
     /// # Errors
     /// [`ErrorKind::Exists`] for a target or an image that a domain has already; the error of an image that
     /// is not usable.
-    pub async fn disk_add(&self, domain: &DomainRef, disk: crate::Disk) -> Result<Domain> {
+    pub async fn disk_add(&self, domain: &DomainRef, disk: crate::domain::Disk) -> Result<Domain> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(
             &CancellationToken::new(),

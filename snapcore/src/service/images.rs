@@ -5,10 +5,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{DomainRef, GivenImage};
-use crate::{
-    Disk, DiskAddress, DiskIdentity, Domain, Error, ErrorKind, FileIdentity, Registry, Result, Target,
-    file_identity, shell_word,
-};
+use crate::address::{DiskAddress, DiskIdentity, FileIdentity, file_identity};
+use crate::domain::{Disk, Domain};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Target;
+use crate::registry::Registry;
+use crate::shell::shell_word;
 
 /// The identity of the file that a path names, whatever its name.
 pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
@@ -44,13 +46,13 @@ pub(super) fn require_files(images: &[DiskAddress]) -> Result<()> {
 
 impl GivenImage {
     /// Returns the path by which an image is known: without links and dots. A symbolic link to an image is
-    /// followed, here and nowhere else: backing names are relative to the image's own directory. A file that does
-    /// not exist has its directory's path.
+    /// followed, here and nowhere else: backing names are relative to the image's own directory. A file that
+    /// does not exist has its directory's path.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's. The right to make
-    /// links in a directory must not select the files that are changed. [`ErrorKind::Usage`] for a path that is
-    /// neither a file nor a block device.
+    /// links in a directory must not select the files that are changed. [`ErrorKind::Usage`] for a path that
+    /// is neither a file nor a block device.
     pub fn known_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
         let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
         let about = match path.metadata() {

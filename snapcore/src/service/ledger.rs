@@ -7,7 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::neighbours::Neighbours;
 use crate::catalogue::{Catalogue, Change, Entry, Lease, Revision};
-use crate::{DomainName, Result, Snapshot};
+use crate::error::Result;
+use crate::name::DomainName;
+use crate::snapshot::Snapshot;
 
 /// The time for which a lease outlives a holder that died, where the catalogue cannot know that it died.
 const LEASE_TIME: Duration = Duration::from_secs(30);

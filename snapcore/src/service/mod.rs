@@ -33,6 +33,8 @@ mod report;
 mod rooms;
 mod viewer;
 
+pub use crate::event::{Event, EventStream};
+pub use crate::request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;
 pub use locator::Scanned;

@@ -14,12 +14,15 @@ use camino::Utf8Path;
 
 use super::images::file_id;
 use super::records::Records;
+use crate::address::{DiskAddress, FileIdentity};
+use crate::backend::Base;
 use crate::catalogue::{Change, EntrySummary};
+use crate::domain::{DiskRecord, Domain};
+use crate::error::Result;
+use crate::name::{DomainName, LayerName};
 use crate::plan::DiskInput;
-use crate::{
-    Base, DiskAddress, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result,
-    Undetermined,
-};
+use crate::registry::Registry;
+use crate::state::{DiskState, Undetermined};
 
 /// Knowledge of a domain's images.
 #[derive(Default)]

@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use camino::Utf8Path;
 
+use crate::address::DiskAddress;
 use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
-use crate::{DiskAddress, DomainName, Error, ErrorKind, Operation, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::DomainName;
+use crate::operation::Operation;
 
 /// Read access to the catalogue: no lease, no commit.
 #[derive(Clone)]

@@ -2,10 +2,11 @@
 
 use camino::Utf8Path;
 
-use crate::{
-    ActivePath, Control, Disk, DiskAddress, Domain, DomainInfo, DomainName, Error, ErrorKind, Hypervisor,
-    Result, Target,
-};
+use crate::address::DiskAddress;
+use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{Control, DomainInfo};
+use crate::name::{DomainName, Target};
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -374,7 +375,7 @@ impl DomainSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::SeenDisk;
+    use crate::hypervisor::SeenDisk;
 
     /// Text that begins like an address is read as one, until the hypervisors are known.
     #[test]

@@ -4,12 +4,15 @@ use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::address::DiskAddress;
+use crate::backend::DeleteCost;
+use crate::domain::{DiskRecord, Domain};
+use crate::hypervisor::{GuestChange, StartedDomain};
+use crate::name::{DomainName, LayerName, SnapshotName, Target};
+use crate::operation::{OperationId, OperationState};
 use crate::shape::subject;
-use crate::{
-    DeleteCost, DiskAddress, DiskRecord, DiskState, Domain, DomainName, GuestChange, Layer, LayerName,
-    OperationId, OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain,
-    Target,
-};
+use crate::snapshot::{Point, PointKind, Snapshot, SnapshotTree};
+use crate::state::{DiskState, Layer};
 
 /// The outcome of a request that changes a domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]

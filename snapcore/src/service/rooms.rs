@@ -15,7 +15,10 @@ use super::records::Records;
 use super::registrar::Registrar;
 use super::viewer::Viewer;
 use crate::catalogue::Catalogue;
-use crate::{Error, ErrorKind, Events, Host, Registry, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Events;
+use crate::host::Host;
+use crate::registry::Registry;
 
 /// The rooms of one service.
 pub(super) struct Rooms {

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_core::Stream;
-use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
-use snapcore::*;
+use snapcore::catalogue::{
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Operation, OperationId, Revision, Revisions,
+};
+use snapcore::{DiskAddress, DomainName, Error, ErrorKind, Result, SnapshotTree};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, ReusableBoxFuture};
 
@@ -218,18 +220,18 @@ impl Catalogue for FakeCatalogue {
             return Err(Error::new(ErrorKind::Busy, format!("{name} is in use by {other}")));
         }
         leases.insert(name.to_owned(), holder.to_owned());
-        let guard = Held { leases: self.leases.clone(), name: name.to_owned() };
+        let guard = LeaseGuard { leases: self.leases.clone(), name: name.to_owned() };
         Ok(Lease::new(guard, CancellationToken::new()))
     }
 }
 
 /// A lease in force. It ends with its holder.
-struct Held {
+struct LeaseGuard {
     leases: Arc<Mutex<HashMap<String, String>>>,
     name: String,
 }
 
-impl Drop for Held {
+impl Drop for LeaseGuard {
     fn drop(&mut self) {
         self.leases.lock().unwrap().remove(&self.name);
     }

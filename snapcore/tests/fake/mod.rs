@@ -18,6 +18,8 @@ use async_trait::async_trait;
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snapcore::backend::*;
+use snapcore::hypervisor::*;
 use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::*;
 use tokio::sync::{Barrier, Notify};

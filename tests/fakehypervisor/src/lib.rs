@@ -11,11 +11,14 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snapcore::backend::Progress;
+use snapcore::hypervisor::{
+    AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, GuestChange,
+    HypervisorProfile, Inside, LiveDomain, OpenChain, PowerAfter, SeenDisk, StartFromMemory, StepOutcome,
+    Taken, VmStateSaver,
+};
 use snapcore::{
-    AttachedDisk, AttachedMerge, Consistency, Control, DiskInstant, Domain, DomainContext, DomainInfo,
-    DomainStep, Error, ErrorKind, FileIdentity, GuestChange, Hypervisor, HypervisorProfile, Inside,
-    LiveDomain, OpenChain, PowerAfter, Progress, Result, SeenDisk, StartFromMemory, StepOutcome, Taken,
-    Target, VmStateSaver, file_identity,
+    Consistency, Domain, Error, ErrorKind, FileIdentity, Hypervisor, Result, Target, file_identity,
 };
 use tokio_util::sync::CancellationToken;
 

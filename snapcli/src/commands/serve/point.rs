@@ -8,7 +8,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::engine::file::ImageFile;
 use image_files::{LockMode, lock};
 use nbd_server::{Content, Extent, Image, Layer, Served, Zeroing};
-use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, InspectDepth, Point, Result, Target};
+use snapcore::backend::InspectDepth;
+use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, Point, Result, Target};
 
 use super::vhd::VhdFormat;
 use super::{layer, raw, served};

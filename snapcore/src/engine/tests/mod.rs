@@ -10,11 +10,13 @@ use camino::Utf8PathBuf;
 use tokio_util::sync::CancellationToken;
 
 use super::{Engine, Run};
-use crate::catalogue::{Catalogue, Change, Entry, Revision};
+use crate::backend::*;
+use crate::catalogue::{Catalogue, Change, Entry, OperationState, Revision};
 use crate::event::Events;
 use crate::fake::{FakeBackend, FakeCatalogue, FakeDisk, Fault, How, When};
 use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::plan::{self, DiskInput};
+use crate::service::*;
 use crate::*;
 
 /// A domain of two disks with two snapshots, `s1` (data 1) and `s2` (data 2), and the current state 3.

@@ -9,10 +9,12 @@ use camino::Utf8PathBuf;
 use tokio::sync::Barrier;
 use tokio_util::sync::CancellationToken;
 
+use crate::backend::*;
 use crate::catalogue::{Catalogue, Change, Entry, Revision};
 use crate::engine::{Engine, Run};
 use crate::event::Events;
 use crate::fake::{Action, FakeBackend, FakeCatalogue, FakeDisk, Fault, How, When};
+use crate::hypervisor::*;
 use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::*;
 

@@ -5,10 +5,9 @@ use std::fs::{self, File};
 use jiff::Timestamp;
 
 use super::*;
-use crate::{
-    ActivePath, Consistency, Disk, DiskPoint, DiskRecord, Domain, DomainName, Hypervisor, LayerName, Point,
-    SnapshotName, SnapshotTree, Target,
-};
+use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
+use crate::name::{DomainName, LayerName, SnapshotName, Target};
+use crate::snapshot::{Consistency, DiskPoint, Point, SnapshotTree};
 
 fn snapshot(name: &str) -> Snapshot {
     Snapshot {

@@ -5,9 +5,13 @@ use std::collections::HashMap;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{Authority, blocking};
+use crate::address::DiskAddress;
+use crate::domain::{Disk, DiskRecord, Domain};
+use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{DomainManifest, ManifestDirectory, ManifestStore};
+use crate::name::LayerName;
+use crate::registry::Registry;
 use crate::service::images::file_id;
-use crate::{Disk, DiskAddress, DiskRecord, Domain, Error, ErrorKind, LayerName, Registry, Result};
 
 /// The most entries of a directory that are examined for manifests.
 const MAX_ENTRIES: usize = 100_000;

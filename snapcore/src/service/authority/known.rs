@@ -7,8 +7,9 @@ use camino::Utf8Path;
 use std::sync::Arc;
 
 use crate::catalogue::{CatalogueId, Entry};
+use crate::error::Result;
 use crate::manifest::{DomainManifest, Found, Item, ManifestStore};
-use crate::{Result, SnapshotId};
+use crate::snapshot::SnapshotId;
 
 /// Remembers the domain's manifest: it is read once, and known from then on from the writes.
 ///
@@ -107,10 +108,10 @@ mod tests {
 
     use super::*;
     use crate::catalogue::Revision;
+    use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
     use crate::manifest::ManifestDirectory;
-    use crate::{
-        ActivePath, Disk, DiskRecord, Domain, DomainName, Hypervisor, LayerName, SnapshotTree, Target,
-    };
+    use crate::name::{DomainName, LayerName, Target};
+    use crate::snapshot::SnapshotTree;
 
     /// A directory that counts how often the domain's manifest is read.
     #[derive(Debug)]

@@ -16,8 +16,12 @@ use std::sync::Arc;
 use super::images::images_of;
 use super::records::Records;
 use crate::catalogue::Entry;
+use crate::domain::Domain;
+use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{Found, Item, ManifestStore};
-use crate::{Domain, DomainName, Error, ErrorKind, Registry, Result, SnapshotId};
+use crate::name::DomainName;
+use crate::registry::Registry;
+use crate::snapshot::SnapshotId;
 
 pub(super) use beside::layer_among;
 use known::KnownManifests;
@@ -66,7 +70,7 @@ impl Authority {
     }
 
     /// The manifests of a domain whose first disk is `disk`.
-    pub(super) fn manifests_of_disk(&self, disk: &crate::Disk) -> Result<Manifests> {
+    pub(super) fn manifests_of_disk(&self, disk: &crate::domain::Disk) -> Result<Manifests> {
         Ok(Arc::new(KnownManifests::new(self.registry.serving(disk)?.manifests(disk))))
     }
 

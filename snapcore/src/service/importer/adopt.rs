@@ -4,8 +4,12 @@ use std::collections::HashSet;
 
 use super::read::{Identity, Matched};
 use super::{Importer, Report};
+use crate::backend::InspectDepth;
+use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::erased::AnyDiskSnapshotter;
-use crate::{ActivePath, Disk, DiskRecord, DiskState, InspectDepth, LayerName, Result, Target};
+use crate::error::Result;
+use crate::name::{LayerName, Target};
+use crate::state::DiskState;
 
 /// Disks as the domain has them, in its order.
 #[derive(Default)]

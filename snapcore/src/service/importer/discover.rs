@@ -3,7 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use super::Importer;
-use crate::{DiskRecord, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, Target};
+use crate::domain::DiskRecord;
+use crate::error::Result;
+use crate::name::{LayerName, SnapshotName, Target};
+use crate::snapshot::{Point, Snapshot, SnapshotId};
 
 /// Snapshots of several disks: those of one name, each on another disk, are one.
 #[derive(Default)]

@@ -17,12 +17,16 @@ use camino::Utf8Path;
 use super::authority::{Authority, Leftovers, Manifests};
 use super::images::images_of;
 use super::records::Records;
+use crate::address::DiskAddress;
 use crate::catalogue::{Entry, Revision};
+use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::hypervisor::Control;
 use crate::manifest::DomainManifest;
-use crate::{
-    ActivePath, Control, Disk, DiskAddress, Domain, DomainName, Error, ErrorKind, Host, Hypervisor,
-    LayerName, Registry, Result, SnapshotId, SnapshotName, SnapshotTree,
-};
+use crate::name::{DomainName, LayerName, SnapshotName};
+use crate::registry::Registry;
+use crate::snapshot::{SnapshotId, SnapshotTree};
 
 pub(super) use discover::free_name;
 pub(super) use read::name_of_images;

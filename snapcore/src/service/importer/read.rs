@@ -6,13 +6,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{ImportSource, Importer, Report};
 use crate::backend::is_gone_file;
+use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::hypervisor::Control;
 use crate::manifest::{DomainManifest, Found, Item};
+use crate::name::{DomainName, LayerName, Target};
 use crate::service::authority::{Leftovers, Manifests};
 use crate::service::images::images_of;
-use crate::{
-    ActivePath, Control, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, Host, Hypervisor, LayerName,
-    Result, Target,
-};
 
 /// Disks, and the manifests that were found to be theirs.
 pub(super) struct Matched {

@@ -8,10 +8,12 @@ use super::adopt::Adopted;
 use super::read::{Identity, Matched};
 use super::{Importer, Report};
 use crate::catalogue::Entry;
+use crate::domain::{DiskRecord, Machine};
+use crate::error::Result;
 use crate::manifest::{DomainManifest, Item};
-use crate::{
-    DiskPoint, DiskRecord, DiskState, DomainName, Machine, Result, Snapshot, SnapshotId, SnapshotName,
-};
+use crate::name::{DomainName, SnapshotName};
+use crate::snapshot::{DiskPoint, Snapshot, SnapshotId};
+use crate::state::DiskState;
 
 /// Snapshots that came from manifests.
 #[derive(Default)]

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::Locator;
-use crate::{
-    AttachedDisk, Control, DiskRecord, Domain, DomainInfo, Error, ErrorKind, Host, Hypervisor, LiveDomain,
-    Result,
-};
+use crate::domain::{DiskRecord, Domain, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::hypervisor::{AttachedDisk, Control, DomainInfo, LiveDomain};
 
 /// A connection to a running domain.
 pub(in crate::service) type Live = Arc<dyn LiveDomain>;

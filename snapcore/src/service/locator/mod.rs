@@ -14,11 +14,16 @@ use super::importer::{ImportSource, Imported, Importer, name_of_images};
 use super::records::Records;
 use super::reference::{Chosen, choose_disks, target_at};
 use super::{DomainRef, GivenImage};
+use crate::address::DiskAddress;
+use crate::backend::DiskSnapshotter;
 use crate::catalogue::Entry;
-use crate::{
-    Control, Disk, DiskAddress, DiskSnapshotter, DomainName, Error, ErrorKind, Host, Hypervisor, Registry,
-    Result, shell_word,
-};
+use crate::domain::{Disk, Hypervisor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::Host;
+use crate::hypervisor::Control;
+use crate::name::DomainName;
+use crate::registry::Registry;
+use crate::shell::shell_word;
 
 pub use connect::Scanned;
 pub(super) use connect::{Live, attached};

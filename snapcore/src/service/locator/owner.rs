@@ -1,8 +1,11 @@
 //! Owners of images, as recorded in the catalogue.
 
 use super::Locator;
+use crate::address::DiskAddress;
+use crate::domain::Hypervisor;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::DomainName;
 use crate::service::images::images_of;
-use crate::{DiskAddress, DomainName, Error, ErrorKind, Hypervisor, Result};
 
 impl Locator {
     /// The domain of the catalogue that is reached at an address.

@@ -4,9 +4,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Operator;
 use crate::catalogue::Change;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::DomainStep;
+use crate::operation::{Operation, OperationState, StepState};
 use crate::service::locator::Located;
 use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
-use crate::{DomainStep, Error, ErrorKind, Group, Operation, OperationState, Result, StepRef, StepState};
+use crate::shape::StepRef;
+use crate::step::Group;
 
 impl Operator {
     /// Closes the operations of a domain that have not ended.

@@ -2,8 +2,8 @@
 
 use tokio_util::sync::CancellationToken;
 
-use crate::Result;
 use crate::catalogue::Lease;
+use crate::error::Result;
 use crate::service::DomainRef;
 use crate::service::authority::{Authority, Manifests};
 use crate::service::ledger::Ledger;

@@ -19,7 +19,12 @@ use super::records::Records;
 use super::{DomainRef, Outcome};
 use crate::catalogue::Entry;
 use crate::engine::Run;
-use crate::{ErrorKind, Events, Plan, PowerAfter, Registry, Request, Result};
+use crate::error::{ErrorKind, Result};
+use crate::event::Events;
+use crate::hypervisor::PowerAfter;
+use crate::registry::Registry;
+use crate::request::Request;
+use crate::shape::Plan;
 
 pub(super) use lock::{Locked, Locks};
 

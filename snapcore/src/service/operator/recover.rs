@@ -4,12 +4,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Locked, Operator};
 use crate::catalogue::Entry;
+use crate::domain::Domain;
 use crate::engine::{Engine, Run};
+use crate::error::{ErrorKind, Result};
+use crate::event::Event;
+use crate::operation::{Operation, OperationState};
+use crate::request::Request;
 use crate::service::authority::Manifests;
 use crate::service::locator::Live;
 use crate::service::planning::chains_of;
 use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
-use crate::{Domain, ErrorKind, Event, Operation, OperationState, Request, Result};
 
 impl Operator {
     /// Finishes or undoes every operation of the domain that has not ended.

@@ -4,13 +4,18 @@ use confined_files::Directory;
 use tokio_util::sync::CancellationToken;
 
 use super::{Locked, Operator};
+use crate::backend::Guard;
 use crate::catalogue::Change;
+use crate::domain::Domain;
 use crate::engine::{Engine, Run};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::request::Request;
 use crate::service::authority::Manifests;
 use crate::service::locator::{Live, Located};
 use crate::service::planning::Watched;
 use crate::service::planning::{chains_of, memory_directory_of};
-use crate::{Domain, Error, ErrorKind, Event, Guard, Plan, Request, Result};
+use crate::shape::Plan;
 
 impl Operator {
     /// Plans a request, and carries the plan out.

@@ -4,11 +4,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::Planning;
 use crate::catalogue::Entry;
+use crate::domain::{DiskRecord, Domain};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{DomainStep, MemoryPlan, OpenChain};
 use crate::plan::RunningDomain;
+use crate::registry::Registry;
+use crate::request::Request;
 use crate::service::locator::Live;
-use crate::{
-    DiskRecord, Domain, DomainStep, Error, ErrorKind, MemoryPlan, OpenChain, Plan, Registry, Request, Result,
-};
+use crate::shape::Plan;
 
 impl Planning {
     /// Returns the running domain as the planner needs it.

@@ -12,9 +12,14 @@ use std::sync::Arc;
 use super::authority::Authority;
 use super::locator::Live;
 use super::neighbours::Neighbours;
+use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
+use crate::domain::DiskRecord;
+use crate::error::Result;
 use crate::plan::DiskInput;
-use crate::{CreateDisk, DiskRecord, InspectDepth, Plan, Registry, Request, Result};
+use crate::registry::Registry;
+use crate::request::{CreateDisk, Request};
+use crate::shape::Plan;
 
 pub(super) use live::{chains_of, memory_directory_of};
 pub(super) use notes::{outside, shared};

@@ -1,7 +1,12 @@
 //! Notes of a plan on state that the guest can write and that no snapshot contains.
 
+use crate::domain::Domain;
+use crate::hypervisor::GuestChange;
+use crate::registry::Registry;
+use crate::request::Request;
 use crate::service::locator::Live;
-use crate::{Domain, Edit, GuestChange, Plan, Registry, Request};
+use crate::shape::Plan;
+use crate::step::Edit;
 
 /// The notes on a plan.
 pub(super) fn notes_on(

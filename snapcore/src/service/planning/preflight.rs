@@ -26,11 +26,16 @@ use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 use super::Planning;
 use super::live::memory_directory_of;
 use super::probe::{MAKE_ROOM, Needs, Probe, no_room};
+use crate::backend::FileUses;
+use crate::domain::{DiskRecord, Domain};
+use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::Item;
 use crate::service::authority::Manifests;
 use crate::service::images::file_id;
 use crate::service::locator::Live;
-use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, FileUses, Plan, Result, shell_word};
+use crate::shape::Plan;
+use crate::shell::shell_word;
+use crate::step::Edit;
 
 /// The most bytes that are added to a name to make another: a dot, and the mark of a name that is moved.
 const LONGEST_MARK: usize = ".".len() + ".domsnap-switch".len();

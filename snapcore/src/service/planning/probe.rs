@@ -16,7 +16,9 @@ use confined_files::{Directory, FileName, refusal};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use crate::{DiskRecord, Error, ErrorKind, Result, shown_size};
+use crate::domain::DiskRecord;
+use crate::error::{Error, ErrorKind, Result};
+use crate::size::shown_size;
 
 /// The prefix of the names.
 const PREFIX: &str = ".domsnap-probe-";

@@ -4,11 +4,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Registrar;
 use crate::catalogue::{Entry, Revision};
+use crate::domain::{Disk, DiskRecord, Domain};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Target;
 use crate::service::DomainRef;
 use crate::service::images::{absolute, identity_of, known_address};
 use crate::service::locator::Located;
 use crate::service::operator::Locked;
-use crate::{Disk, DiskRecord, Domain, Error, ErrorKind, Result, Target};
 
 impl Registrar {
     pub(in crate::service) async fn disk_remove(

@@ -4,10 +4,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::Registrar;
 use crate::catalogue::{Change, Entry, Lease, Revision};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::DomainName;
 use crate::service::images::real_images;
 use crate::service::importer::{ImportSource, Imported};
 use crate::service::{DomainRef, ImportOptions, ImportReport};
-use crate::{DomainName, Error, ErrorKind, Result};
 
 /// A domain of the catalogue that is imported again, under its lock.
 struct Known {

@@ -17,7 +17,12 @@ use super::operator::Locks;
 use super::records::Records;
 use super::{DomainRef, DomainSpec, ImportReport, Removal};
 use crate::catalogue::{Change, Entry, Lease, Revision};
-use crate::{DomainName, Error, ErrorKind, Event, Events, Host, Hypervisor, Registry, Result};
+use crate::domain::Hypervisor;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Events};
+use crate::host::Host;
+use crate::name::DomainName;
+use crate::registry::Registry;
 
 fn not_catalogued(reference: &DomainRef) -> Error {
     Error::new(ErrorKind::NotFound, format!("the catalogue has no domain of {reference}"))

@@ -3,10 +3,12 @@
 use camino::Utf8Path;
 
 use super::Viewer;
+use crate::address::DiskAddress;
+use crate::error::Result;
+use crate::name::{LayerName, Target};
 use crate::service::authority::{Manifests, layer_among};
 use crate::service::images::file_id;
 use crate::service::{DomainRef, Listing};
-use crate::{DiskAddress, LayerName, Result, Target};
 
 /// The domain that has an image as a layer, from the catalogue, or else from the manifests beside the image.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,14 +1,18 @@
 //! Looks for damage in a domain.
 
 use super::{Viewer, orphans};
+use crate::backend::{Finding, InspectDepth, Severity};
 use crate::catalogue::Entry;
+use crate::domain::DiskRecord;
+use crate::error::Result;
 use crate::manifest::Problem;
 use crate::service::DomainRef;
 use crate::service::authority::Manifests;
 use crate::service::images::images_of;
 use crate::service::importer::point_problem;
 use crate::service::locator::{Live, Located, attached};
-use crate::{DiskRecord, DiskState, Finding, InspectDepth, Result, Severity, SnapshotTree};
+use crate::snapshot::SnapshotTree;
+use crate::state::DiskState;
 
 /// The number of attempts to check a domain that is being changed.
 const CHECKS: usize = 5;
@@ -100,7 +104,7 @@ impl Viewer {
             if !known.internal.is_empty() {
                 continue;
             }
-            let size = crate::shown_size(known.allocated);
+            let size = crate::size::shown_size(known.allocated);
             let note = format!(
                 "no snapshot needs this layer of {size}; a delete or `domsnap recover {name}` merges it when that can be done"
             );

@@ -11,11 +11,15 @@ use super::locator::{Located, Locator, attached};
 use super::planning::{outside, shared};
 use super::records::Records;
 use super::{Details, DiskReport, DomainRef, Listing, Member, Unfinished};
+use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
-use crate::{
-    DiskRecord, DiskState, InspectDepth, LayerName, Operation, Registry, Result, Snapshot, SnapshotName,
-    SnapshotTree,
-};
+use crate::domain::DiskRecord;
+use crate::error::Result;
+use crate::name::{LayerName, SnapshotName};
+use crate::operation::Operation;
+use crate::registry::Registry;
+use crate::snapshot::{Snapshot, SnapshotTree};
+use crate::state::DiskState;
 
 pub use belonging::Belonging;
 

@@ -9,8 +9,8 @@ use camino::Utf8PathBuf;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags, makedev, openat, statx};
 use rustix::io::Errno;
 
-use crate::hypervisor::{device_identity, is_device};
-use crate::{FileIdentity, file_identity};
+use crate::address::{FileIdentity, file_identity};
+use crate::address::{device_identity, is_device};
 
 /// `O_PATH` in `fdinfo`: such a descriptor can neither read nor write.
 const ONLY_PATH: u32 = 0o10_000_000;

@@ -25,7 +25,8 @@
 //!
 //! - The plan writes the file in place (an internal snapshot, a merge into it, a new backing file), and no
 //!   running domain writes it anyway.
-//! - The plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]).
+//! - The plan cannot be carried out as long as a device is open
+//!   ([`crate::backend::DiskSnapshotter::needs_of`]).
 //!
 //! A reader of a layer that only stays as it is, or is removed, keeps its data. This process, and the process
 //! of the running domain that is worked on, do not count as other users.
@@ -40,14 +41,20 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use self::kernel::{Locks, User, Users, users_of};
+use crate::address::FileIdentity;
+use crate::address::is_device;
+use crate::backend::StepNeed;
+use crate::domain::{DiskRecord, Domain, Hypervisor};
 use crate::engine::Watch;
-use crate::hypervisor::is_device;
+use crate::erased::AnyDiskSnapshotter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::DomainStep;
+use crate::name::Target;
+use crate::registry::Registry;
 use crate::service::images::file_id;
 use crate::service::locator::Live;
-use crate::{
-    AnyDiskSnapshotter, DiskRecord, Domain, DomainStep, Error, ErrorKind, FileIdentity, Hypervisor, Plan,
-    Registry, Result, Step, StepNeed, Target,
-};
+use crate::shape::Plan;
+use crate::step::Step;
 
 /// The time for which a user is looked for again before it counts. A process that was just forked has files
 /// of its parent open for a moment, and a look at an image takes no longer.
