@@ -47,7 +47,7 @@ impl DiskAddress {
     }
 
     /// The path, for a backend of files. The service gives such a backend no other address
-    /// ([`Registry::serving`](crate::registry::Registry::serving)). The result for another address is a path
+    /// ([`Registry::serving`](crate::Registry::serving)). The result for another address is a path
     /// below which nothing can exist.
     pub fn path(&self) -> &Utf8Path {
         self.local().unwrap_or(Utf8Path::new(NO_FILE))

@@ -15,8 +15,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, Inside, OpenLayer};
 use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::name::LayerName;
-use crate::snapshot::{PointKind, Snapshot};
-use crate::step::Step;
+use crate::snapshot::{Point, PointKind, Snapshot};
+use crate::state::TagIdentity;
+use crate::step::{Edit, Step};
 
 pub use crate::disk_plan::{DiskPlan, DiskRequest, InstantPlan};
 pub use crate::erased::AnyDiskSnapshotter;
@@ -138,13 +139,13 @@ pub struct StepContext<'a> {
     pub disk: &'a DiskRecord,
     /// Receiver of progress.
     pub progress: &'a dyn Progress,
-    /// If it is cancelled, a deferrable step soon stops with [`crate::error::ErrorKind::Cancelled`], and
+    /// If it is cancelled, a deferrable step soon stops with [`crate::ErrorKind::Cancelled`], and
     /// leaves the disk's contents unchanged.
     pub cancel: &'a CancellationToken,
     /// The disk in a running domain, if its hypervisor has images of it open ([`AttachedDisk::open_files`]).
     /// Changes of those go through it. Other images of the disk are treated like at rest.
     pub attached: Option<&'a dyn AttachedDisk>,
-    /// The work nested in the step, if steps are planned so ([`crate::shape::FinishStep::nested`]). Otherwise
+    /// The work nested in the step, if steps are planned so ([`crate::FinishStep::nested`]). Otherwise
     /// it does nothing.
     pub inside: &'a dyn Inside,
     /// True if another process began the operation and was interrupted. The step may then be partly done. A
@@ -167,7 +168,7 @@ pub type Guard = Box<dyn Any + Send + Sync>;
 /// A storage backend: points of disks of one format.
 ///
 /// All methods may be called for several disks at once. A backend keeps no state that a crash could lose:
-/// progress is read from the disk. Errors are [`crate::error::Error`]s that name the file. After an error the
+/// progress is read from the disk. Errors are [`crate::Error`]s that name the file. After an error the
 /// disk's current state and every point are intact, and the same call may be repeated, unless a method says
 /// otherwise.
 #[async_trait]
@@ -269,11 +270,7 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Finds snapshots in the images that `record` does not have: frozen layers of the chain, and tags by
     /// other tools. They come oldest first, with parents and new ids. `record.owned` is extended by the
     /// layers that become ours. Changes nothing.
-    async fn discover(
-        &self,
-        record: &mut DiskRecord,
-        known: &[crate::snapshot::Point],
-    ) -> Result<Vec<Snapshot>>;
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>>;
 
     /// Lists the files that back the disk's layers, with everything below them. It reads only the images, so
     /// that another domain does not change what this one needs. A file that an image names and that does not
@@ -302,7 +299,7 @@ pub trait DiskSnapshotter: Send + Sync {
     ///   nested in the merge.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Refused`] or `Unsupported`, with advice; also if a point in the plan cannot
+    /// [`crate::ErrorKind::Refused`] or `Unsupported`, with advice; also if a point in the plan cannot
     /// be distinguished from another one of its layer.
     async fn plan(
         &self,
@@ -318,7 +315,7 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Images that `attached` has open are locked by the hypervisor, and are left out while it has them open.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Busy`], with the name of the other user if it can be known.
+    /// [`crate::ErrorKind::Busy`], with the name of the other user if it can be known.
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard>;
 
     /// Releases the locks of a held disk's images, so that a hypervisor can open them. Later steps lock again
@@ -373,11 +370,7 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Returns the identity of an internal snapshot, read from the image, to distinguish it from another of
     /// its name. It is called at the commit point of the operation that created the snapshot, and recorded
     /// with it. Changes nothing.
-    async fn identify(
-        &self,
-        _disk: &DiskRecord,
-        _point: &crate::snapshot::Point,
-    ) -> Result<Option<crate::state::TagIdentity>> {
+    async fn identify(&self, _disk: &DiskRecord, _point: &Point) -> Result<Option<TagIdentity>> {
         Ok(None)
     }
 
@@ -390,8 +383,8 @@ pub trait DiskSnapshotter: Send + Sync {
         &self,
         disk: &DiskRecord,
         state: &DiskState,
-        drop: &[crate::snapshot::Point],
-        keep: &[crate::snapshot::Point],
+        drop: &[Point],
+        keep: &[Point],
     ) -> Result<DeleteCost>;
 
     /// Returns true if nothing is left of a disk at rest, neither its image nor a layer, although the place
@@ -422,7 +415,7 @@ pub trait DiskSnapshotter: Send + Sync {
 #[non_exhaustive]
 pub enum Leftover {
     /// The step must be done: the operation stays unfinished until a recovery does it. A step that is planned
-    /// as deferrable ([`crate::shape::FinishStep::deferrable`]) is exempt.
+    /// as deferrable ([`crate::FinishStep::deferrable`]) is exempt.
     Required,
     /// The step may be left. The disk is intact without it. The next delete, or a tidy, finds the rest of it
     /// on the disk or by the catalogue's layers, and plans it again. The rest must not obstruct any later
@@ -483,7 +476,7 @@ pub enum Salvage {
     /// Data was saved; the step can be undone. The text names the place.
     Saved(String),
     /// The step must not be undone; the catalogue records its effects. The text explains the consequence.
-    Stays(Vec<crate::step::Edit>, String),
+    Stays(Vec<Edit>, String),
 }
 
 /// Estimated cost and gain of a delete.

@@ -1,6 +1,6 @@
 //! The contract of a hypervisor: its operations on a running domain.
 //!
-//! A plan has steps of disks and steps of the domain ([`crate::shape::HypervisorStep`]). The latter are
+//! A plan has steps of disks and steps of the domain ([`crate::HypervisorStep`]). The latter are
 //! journalled like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has
 //! open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no
 //! format.
@@ -315,7 +315,7 @@ pub struct DomainContext<'a> {
     /// Receiver of progress.
     pub progress: &'a dyn Progress,
     /// If it is cancelled, a step before the commit point soon fails with
-    /// [`crate::error::ErrorKind::Cancelled`].
+    /// [`crate::ErrorKind::Cancelled`].
     pub cancel: &'a CancellationToken,
 }
 
@@ -507,7 +507,7 @@ pub trait AttachedDisk: Send + Sync {
     /// The call may be repeated, also after a crash in the middle: it continues where it stopped.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Cancelled`], or the failure: the chain is as before.
+    /// [`crate::ErrorKind::Cancelled`], or the failure: the chain is as before.
     async fn merge(
         &self,
         merge: &AttachedMerge,
@@ -571,7 +571,7 @@ pub trait LiveDomain: Send + Sync {
     /// moment.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Refused`], [`crate::error::ErrorKind::Unsupported`]: no changes made.
+    /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: no changes made.
     async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
         let _ = (plan, chains, probe);
         Ok(())
@@ -755,20 +755,20 @@ pub trait VmStateSaver: Send + Sync {
     /// address. Relative paths start at `directory`. A canonical address is unchanged.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Usage`] if it is not an address of this hypervisor.
+    /// [`crate::ErrorKind::Usage`] if it is not an address of this hypervisor.
     fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control>;
 
     /// Connects to the domain if it runs; returns `None` otherwise. Changes nothing.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Busy`] if another program has the connection; any failure that leaves it
+    /// [`crate::ErrorKind::Busy`] if another program has the connection; any failure that leaves it
     /// unknown.
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>>;
 
     /// Describes the domain at an address.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::NotFound`] if none runs there.
+    /// [`crate::ErrorKind::NotFound`] if none runs there.
     async fn look(&self, control: &Control) -> Result<DomainInfo>;
 
     /// Lists the domains that run on this machine and can be reached. Domains that cannot be queried are
@@ -780,8 +780,8 @@ pub trait VmStateSaver: Send + Sync {
     /// does not outlive this process.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Corrupt`] with the first wrong place;
-    /// [`crate::error::ErrorKind::NotFound`]; [`crate::error::ErrorKind::NoSpace`] if it cannot be
+    /// [`crate::ErrorKind::Corrupt`] with the first wrong place;
+    /// [`crate::ErrorKind::NotFound`]; [`crate::ErrorKind::NoSpace`] if it cannot be
     /// uncompressed.
     async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
 

@@ -39,7 +39,7 @@ impl Hypervisor {
     }
 }
 
-/// Removes the variables that are not needed from a machine's record ([`crate::domain::Machine::record`]).
+/// Removes the variables that are not needed from a machine's record ([`crate::Machine::record`]).
 pub(crate) fn forget_variables(hypervisor: &Hypervisor, record: &mut Value) {
     let Some(variables) = record.pointer_mut("/process/environment").and_then(Value::as_array_mut) else {
         return;

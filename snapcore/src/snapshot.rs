@@ -176,7 +176,7 @@ pub struct Snapshot {
     /// Memory of the same instant, if it was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryPoint>,
-    /// The machine on which it was created ([`crate::domain::Domain::machine`]); absent if the domain did not
+    /// The machine on which it was created ([`crate::Domain::machine`]); absent if the domain did not
     /// run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,

@@ -152,7 +152,7 @@ impl Lease {
 /// * **One domain, one transaction.** [`Catalogue::commit`] applies all its changes or none. When it returns
 ///   they are durable: they survive a power failure. A transaction never spans domains.
 /// * **Compare and set.** A transaction names the revision that it expects. If the domain has another one, it
-///   changes nothing and fails with [`crate::error::ErrorKind::Busy`]. A success returns the new revision,
+///   changes nothing and fails with [`crate::ErrorKind::Busy`]. A success returns the new revision,
 ///   which is greater.
 /// * **Identities belong to a domain.** Snapshots of two domains may have the same identity, because an older
 ///   domsnap imported copies of a directory so. A change to one domain's snapshot never affects the other's.
@@ -189,8 +189,8 @@ pub trait Catalogue: Send + Sync {
     /// Changes a domain.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Busy`] if the domain's revision is not `expected`;
-    /// [`crate::error::ErrorKind::Exists`] if a disk belongs to another domain, or a snapshot's name is in
+    /// [`crate::ErrorKind::Busy`] if the domain's revision is not `expected`;
+    /// [`crate::ErrorKind::Exists`] if a disk belongs to another domain, or a snapshot's name is in
     /// use. Nothing was changed then.
     async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision>;
 
@@ -202,6 +202,6 @@ pub trait Catalogue: Send + Sync {
     /// dies, the lease ends by itself after `time_to_live` at the latest.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Busy`], with the name of the holder.
+    /// [`crate::ErrorKind::Busy`], with the name of the holder.
     async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease>;
 }

@@ -53,7 +53,7 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io) where there are some that cannot be read.
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) where there are some that cannot be read.
     fn read(&self) -> Result<Found>;
 
     /// Makes the manifests say the same as `after` of `catalogue`. Where `before` is given, they are known to
@@ -61,28 +61,28 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// Manifests of snapshots that `catalogue` never knew stay.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io),
-    /// [`ErrorKind::NoSpace`](crate::error::ErrorKind::NoSpace); they may then be half written, and are known
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io),
+    /// [`ErrorKind::NoSpace`](crate::ErrorKind::NoSpace); they may then be half written, and are known
     /// as such.
     fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()>;
 
     /// Removes the manifests of `snapshots`.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io).
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn remove(&self, snapshots: &[SnapshotId]) -> Result<()>;
 
     /// Removes the manifests that `catalogue` wrote of `entry`, whose manifests are elsewhere from now on.
     /// Manifests of another catalogue stay.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io).
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()>;
 
     /// Gives manifests a name under which they are kept and not read again. A missing manifest is ignored.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io).
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn move_aside(&self, items: &[Item]) -> Result<()>;
 
     /// Returns true where no manifest can exist. None is read there either, so a delete need not wait for its
