@@ -151,7 +151,7 @@ impl DiskSnapshotter for Lvm {
     fn needs_of(&self, disk: &DiskRecord, step: &Step<LvmStep>) -> Vec<StepNeed> {
         let Ok(volume) = volume_of(disk) else { return Vec::new() };
         let needs = step.action.needs(&volume).into_iter();
-        needs.map(|(layer, alone)| StepNeed { file: file_of(disk, &volume, &layer), alone }).collect()
+        needs.map(|(layer, alone)| StepNeed::new(file_of(disk, &volume, &layer), alone)).collect()
     }
 
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
@@ -243,7 +243,7 @@ impl DiskSnapshotter for Lvm {
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
-        Ok(vec![OpenLayer { address: disk.disk.address.clone(), format: "raw".to_owned() }])
+        Ok(vec![OpenLayer::new(disk.disk.address.clone(), "raw")])
     }
 
     async fn apply(&self, step: &Step<LvmStep>, context: StepContext<'_>) -> Result<()> {
@@ -290,7 +290,7 @@ impl DiskSnapshotter for Lvm {
                 .filter(|row| row.kind == VolumeKind::ThickSnapshot)
                 .map(|row| row.size)
                 .sum();
-            Ok(DeleteCost { frees, moves: 0 })
+            Ok(DeleteCost::new(frees, 0))
         })
         .await
     }

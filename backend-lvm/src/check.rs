@@ -49,7 +49,7 @@ pub(crate) fn check(
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &str, message: String| {
-        findings.push(Finding { severity, subject: subject.to_owned(), message });
+        findings.push(Finding::new(severity, subject, message));
     };
     let Some(current) = group.row(&volume.name) else {
         find(Severity::Error, &volume.to_string(), "the volume does not exist".to_owned());

@@ -42,22 +42,18 @@ pub(crate) fn discover(
             found.iter().find(is_it).map(|snapshot| snapshot.id)
         });
         let name = names.take(tags.name.as_deref().unwrap_or(&row.name));
-        found.push(Snapshot {
-            id: SnapshotId::fresh(),
-            name,
-            parent,
-            created: Timestamp::from_second(taken(row)).unwrap_or(Timestamp::UNIX_EPOCH),
-            description: String::new(),
-            consistency: Consistency::Unknown,
-            disks: vec![DiskPoint::new(
-                record.disk.target.clone(),
-                Point::external(row.layer()),
-                row.visible_size(),
-            )],
-            memory: None,
-            machine: None,
-            skipped: Vec::new(),
-        });
+        found.push(
+            Snapshot::new(
+                name,
+                Timestamp::from_second(taken(row)).unwrap_or(Timestamp::UNIX_EPOCH),
+                vec![DiskPoint::new(
+                    record.disk.target.clone(),
+                    Point::external(row.layer()),
+                    row.visible_size(),
+                )],
+            )
+            .parent(parent),
+        );
         if !record.owned.contains(&row.layer()) {
             record.owned.push(row.layer());
         }

@@ -41,7 +41,7 @@ pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &VolumeGroup) -> Result
     require_known_kind(volume, row, group)?;
     volume.require_room_for_names()?;
     let active = volume.layer();
-    Ok(DiskRecord { disk: disk.clone(), active: active.clone(), owned: vec![active] })
+    Ok(DiskRecord::new(disk.clone(), active.clone()).owned(vec![active]))
 }
 
 /// Refuses a volume of a kind whose snapshots are not known to be correct: only thin volumes and plain ones
@@ -133,18 +133,11 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -
 }
 
 fn layer(volume: &Volume, row: &Row, backing: Option<LayerName>, owned: bool) -> Layer {
-    Layer {
-        name: row.layer(),
-        address: file(volume, &row.layer()).into(),
-        format: "raw".to_owned(),
-        named: true,
-        backing,
-        owned,
-        virtual_size: row.visible_size(),
-        allocated: row.allocated(),
-        internal: Vec::new(),
-        dependents: Vec::new(),
-    }
+    Layer::new(row.layer(), file(volume, &row.layer()), "raw", row.visible_size())
+        .named(true)
+        .backing(backing)
+        .owned(owned)
+        .allocated(row.allocated())
 }
 
 /// Returns the device of a layer, which exists while the volume is active.

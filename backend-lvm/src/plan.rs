@@ -118,7 +118,7 @@ impl Planner<'_> {
         match self.attached {
             true => {
                 let (take, nested) = (DiskInstant::ByBackend, vec![snapshot]);
-                self.plan.instant = Some(InstantPlan { take, nested });
+                self.plan.instant = Some(InstantPlan::new(take, nested));
             }
             false => self.plan.cut.push(snapshot),
         }
@@ -382,7 +382,7 @@ impl Planner<'_> {
     }
 
     fn step(&self, action: LvmStep, summary: String, bytes: u64) -> Step<LvmStep> {
-        Step { target: self.record.disk.target.clone(), action, summary, bytes }
+        Step::new(self.record.disk.target.clone(), action, summary).bytes(bytes)
     }
 
     /// Returns the point from which the current volume derives.

@@ -63,14 +63,7 @@ impl Fixture {
     async fn apply(&self, plan: &DiskPlan) -> snapcore::Result<Vec<String>> {
         let cancel = CancellationToken::new();
         for step in plan.steps() {
-            let context = StepContext {
-                disk: &self.record,
-                progress: &Silent,
-                cancel: &cancel,
-                attached: None,
-                inside: &(),
-                resumed: false,
-            };
+            let context = StepContext::new(&self.record, &Silent, &cancel);
             self.backend.apply(step, context).await?;
         }
         Ok(std::mem::take(&mut *self.runner.commands.lock().expect("no thread panicked")))
@@ -179,14 +172,7 @@ async fn thick_revert_saves_the_state_before_the_merge() {
     assert_eq!(shape(&plan), (0, 2, 1));
     assert!(plan.notes.iter().any(|note| note.contains("taken again")), "{:?}", plan.notes);
     let cancel = CancellationToken::new();
-    let context = StepContext {
-        disk: &fixture.record,
-        progress: &Silent,
-        cancel: &cancel,
-        attached: None,
-        inside: &(),
-        resumed: false,
-    };
+    let context = StepContext::new(&fixture.record, &Silent, &cancel);
     let status = fixture.backend.status(&plan.cut[1], context).await.expect("a status");
     assert_eq!(status, StepStatus::NotDone);
     // The recorded group still has the snapshot after the merge: this is an error, and not a success.
@@ -417,14 +403,7 @@ async fn overflowed_safety_snapshot_ends_the_revert() {
         .replace("domsnap,domsnap.name=good", "domsnap,domsnap.name=good,domsnap.work=000000ab");
     let fixture = Fixture::with("/dev/vg/thick", &later).await.expect("a disk");
     let cancel = CancellationToken::new();
-    let context = StepContext {
-        disk: &fixture.record,
-        progress: &Silent,
-        cancel: &cancel,
-        attached: None,
-        inside: &(),
-        resumed: false,
-    };
+    let context = StepContext::new(&fixture.record, &Silent, &cancel);
     let salvage = fixture.backend.salvage(merge, true, context).await.expect("an answer");
     let Salvage::Stays(edits, message) = salvage else { panic!("it would be undone: {salvage:?}") };
     assert!(

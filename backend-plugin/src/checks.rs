@@ -428,7 +428,7 @@ mod tests {
             let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(u64::MAX));
             assert!(refused.unwrap_err().contains("more than a disk can have"), "{place}");
         }
-        let cost = DeleteCost { frees: u64::MAX, moves: 0 };
+        let cost = DeleteCost::new(u64::MAX, 0);
         super::cost(&cost).unwrap_err();
     }
 

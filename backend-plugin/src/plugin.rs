@@ -358,18 +358,14 @@ impl DiskSnapshotter for Plugin {
         let mut snapshots: Vec<Snapshot> = Vec::new();
         for point in found.points {
             let parent = point.parent.and_then(|index| snapshots.get(index)).map(|parent| parent.id);
-            snapshots.push(Snapshot {
-                id: SnapshotId::fresh(),
-                name: point.name,
-                parent,
-                created: point.created,
-                description: String::new(),
-                consistency: Consistency::Unknown,
-                disks: vec![DiskPoint::new(record.disk.target.clone(), point.point, point.virtual_size)],
-                memory: None,
-                machine: None,
-                skipped: Vec::new(),
-            });
+            snapshots.push(
+                Snapshot::new(
+                    point.name,
+                    point.created,
+                    vec![DiskPoint::new(record.disk.target.clone(), point.point, point.virtual_size)],
+                )
+                .parent(parent),
+            );
         }
         Ok(snapshots)
     }

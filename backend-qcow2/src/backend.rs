@@ -331,7 +331,7 @@ fn allocated(state: &DiskState, run: &[LayerName]) -> Vec<u64> {
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &Utf8Path, message: String| {
-        findings.push(Finding { severity, subject: subject.to_string(), message });
+        findings.push(Finding::new(severity, subject.to_string(), message));
     };
     for layer in state.layers.iter().filter(|layer| layer.format == "qcow2") {
         if is_held_by_others(layer.path())? {

@@ -119,7 +119,7 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
     for layer in record.owned.iter().filter(|layer| **layer != record.active) {
         let file = layer_path(path, layer);
         if file_id(&file)?.is_none() {
-            found.push(Base { image: path.into(), file: file.into() });
+            found.push(Base::new(path, file));
         }
     }
     while let Some(image) = next.pop() {
@@ -151,7 +151,7 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
                 None if certain => {}
                 None => continue,
             }
-            found.push(Base { image: (&image).into(), file: file.into() });
+            found.push(Base::new((&image), file));
         }
     }
     Ok(found)
@@ -213,7 +213,7 @@ impl<'a> Search<'a> {
         files.sort();
         for file in files {
             if let Err(why) = self.file(&file) {
-                self.undetermined.push(Undetermined { file: shown(&file).into(), why });
+                self.undetermined.push(Undetermined::new(shown(&file), why));
             }
         }
         Ok(())

@@ -198,18 +198,11 @@ impl Fixture {
     }
 
     fn context<'a>(&'a self, inside: &'a dyn Inside) -> StepContext<'a> {
-        StepContext {
-            disk: &self.record,
-            progress: &Untold,
-            cancel: &self.cancel,
-            attached: Some(&self.qemu),
-            inside,
-            resumed: false,
-        }
+        StepContext::new(&self.record, &Untold, &self.cancel).attached(Some(&self.qemu)).inside(inside)
     }
 
     fn at_rest(&self) -> StepContext<'_> {
-        StepContext { attached: None, ..self.context(&()) }
+        self.context(&()).attached(None)
     }
 
     async fn apply(&self, action: ChainStep) -> Result<()> {
@@ -236,7 +229,7 @@ impl Fixture {
 }
 
 fn step(action: ChainStep) -> Step<ChainStep> {
-    Step { target: Target::new("vda").unwrap(), action, summary: "a step".to_owned(), bytes: 0 }
+    Step::new(Target::new("vda").unwrap(), action, "a step")
 }
 
 fn can_be_locked(file: &Utf8Path) -> bool {
@@ -397,12 +390,7 @@ async fn hypervisor_merges_open_layers_by_lasting_names() {
     let before: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
 
     fixture.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
-    let expected = AttachedMerge {
-        run: vec![files[1].clone(), files[2].clone()],
-        into: files[1].clone(),
-        below: Some(files[0].clone()),
-        string: Some(layers[1].to_string()),
-    };
+    let expected = AttachedMerge::new(vec![files[1].clone(), files[2].clone()], files[1].clone()).below(Some(files[0].clone())).string(Some(layers[1].to_string()));
     assert_eq!(fixture.qemu.the_merge(), expected, "the image above depends on what received the data");
 
     fixture.apply(merge(&[1, 2], 2, Some(0))).await.unwrap();

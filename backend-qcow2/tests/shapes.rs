@@ -51,41 +51,20 @@ impl Fixture {
             tag(upper.as_std_path(), "active");
             std::fs::hard_link(&upper, &path).unwrap();
             let disk = Disk::new(Target::new(target).unwrap(), path, "qcow2");
-            disks.push(DiskRecord { disk, active: active.clone(), owned: vec![frozen, active] });
+            disks.push(DiskRecord::new(disk, active.clone()).owned(vec![frozen, active]));
         }
-        let snapshot = |name: &str, point: fn(&DiskRecord) -> Point| Snapshot {
-            id: SnapshotId::fresh(),
-            name: SnapshotName::new(name).unwrap(),
-            parent: None,
-            created: jiff::Timestamp::UNIX_EPOCH,
-            description: String::new(),
-            consistency: Consistency::Clean,
-            disks: disks
+        let snapshot = |name: &str, point: fn(&DiskRecord) -> Point| Snapshot::new(SnapshotName::new(name).unwrap(), jiff::Timestamp::UNIX_EPOCH, disks
                 .iter()
                 .map(|record| DiskPoint::new(record.disk.target.clone(), point(record), 1 << 20))
-                .collect(),
-            memory: None,
-            machine: None,
-            skipped: Vec::new(),
-        };
+                .collect()).consistency(Consistency::Clean);
         let mut first = snapshot("s1", |record| Point::external(record.owned[0].clone()));
-        first.memory = Some(MemoryPoint { file: root.join("m"), bytes: 1, full: None, running: true });
+        first.memory = Some(MemoryPoint::new(root.join("m"), 1, true));
         let tree = SnapshotTree::new(vec![
             first,
             snapshot("tag", |record| Point::internal(record.owned[0].clone(), "tag")),
             snapshot("active", |record| Point::internal(record.owned[1].clone(), "active")),
         ]);
-        let domain = Domain {
-            name: DomainName::new("web").unwrap(),
-            unregistered: false,
-            hypervisor: Hypervisor::new("fake").unwrap(),
-            host: None,
-            control: Some(Control { address: "web".to_owned(), ..Control::default() }),
-            active_path: ActivePath::Keep,
-            disks,
-            current: None,
-            machines: Vec::new(),
-        };
+        let domain = Domain::new(DomainName::new("web").unwrap(), disks).hypervisor(Hypervisor::new("fake").unwrap()).control(Some(Control::default().address("web".to_owned())));
         Self { _directory: directory, domain, tree }
     }
 
@@ -237,7 +216,7 @@ fn read_back(plan: &Plan) -> Plan {
     for row in plan.rows().unwrap() {
         read.push_row(row).unwrap();
     }
-    Plan { commit: plan.commit.clone(), notes: plan.notes.clone(), ..read }
+    read.commit(plan.commit.clone()).notes(plan.notes.clone())
 }
 
 fn line(placed: PlacedStep<'_>) -> String {

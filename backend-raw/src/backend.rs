@@ -88,7 +88,7 @@ impl DiskSnapshotter for Raw {
         blocking(move || {
             layers::check_path(&disk)?;
             let active = layers::active_name(&disk);
-            Ok(DiskRecord { disk, owned: vec![active.clone()], active })
+            Ok(DiskRecord::new(disk, active).owned(vec![active.clone()]))
         })
         .await
     }
@@ -148,7 +148,7 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
-        Ok(vec![OpenLayer { address: disk.disk.address.clone(), format: "raw".to_owned() }])
+        Ok(vec![OpenLayer::new(disk.disk.address.clone(), "raw")])
     }
 
     async fn apply(&self, step: &Step<RawStep>, context: StepContext<'_>) -> Result<()> {
@@ -194,7 +194,7 @@ impl DiskSnapshotter for Raw {
         let layers = gone.filter_map(|point| state.layer(&point.layer));
         let frees =
             layers.map(|layer| own(layer).map_or(layer.allocated, |own| own.min(layer.allocated))).sum();
-        Ok(DeleteCost { frees, moves: 0 })
+        Ok(DeleteCost::new(frees, 0))
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
@@ -209,7 +209,7 @@ impl DiskSnapshotter for Raw {
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: Utf8PathBuf, message: String| {
-        findings.push(Finding { severity, subject: subject.into_string(), message });
+        findings.push(Finding::new(severity, subject.into_string(), message));
     };
     let cancel = CancellationToken::new();
     let watch = Watch { progress: &Unwatched, cancel: &cancel, bytes: 0 };

@@ -92,18 +92,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) 
 
 fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer> {
     let about = std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-    Ok(Layer {
-        owned: record.owned.contains(&name),
-        name,
-        address: file.into(),
-        format: "raw".to_owned(),
-        named: true,
-        backing: None,
-        virtual_size: size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?,
-        allocated: about.blocks() * 512,
-        internal: Vec::new(),
-        dependents: Vec::new(),
-    })
+    Ok(Layer::new(name, file, "raw", size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?).owned(record.owned.contains(&name)).named(true).allocated(about.blocks() * 512))
 }
 
 /// Lists the files beside the disk that are named like its points and are not in the catalogue.

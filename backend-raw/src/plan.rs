@@ -136,7 +136,7 @@ impl Planner<'_> {
             self.plan.cut.push(copy);
         } else {
             let (take, nested) = (DiskInstant::ByBackend, vec![copy]);
-            self.plan.instant = Some(InstantPlan { take, nested });
+            self.plan.instant = Some(InstantPlan::new(take, nested));
             let publish = RawStep::Publish { layer: layer.clone() };
             self.push(Group::Cut, &publish, format!("flush and publish {layer}"), 0);
         }
@@ -273,7 +273,7 @@ impl Planner<'_> {
         let path = layer_path(self.path(), &layer);
         if self.state.attached {
             let take = DiskInstant::Overlay { address: (&path).into(), format: "qcow2".to_owned() };
-            self.plan.instant = Some(InstantPlan { take, nested: Vec::new() });
+            self.plan.instant = Some(InstantPlan::new(take, Vec::new()));
         }
         let previous = self.record.active.clone();
         self.plan.notes.push(format!(
@@ -554,6 +554,6 @@ impl Planner<'_> {
     }
 
     fn step(&self, action: &RawStep, summary: String, bytes: u64) -> Step<RawStep> {
-        Step { target: self.record.disk.target.clone(), action: action.clone(), summary, bytes }
+        Step::new(self.record.disk.target.clone(), action.clone(), summary).bytes(bytes)
     }
 }

@@ -260,7 +260,7 @@ fn visible(disk: &DiskRecord, run: &[LayerName]) -> Result<Vec<u64>> {
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &Utf8Path, message: String| {
-        findings.push(Finding { severity, subject: subject.to_string(), message });
+        findings.push(Finding::new(severity, subject.to_string(), message));
     };
     for layer in state.layers.iter().filter(|layer| layer.format == "vhd") {
         if is_held_by_others(layer.path())? {

@@ -98,7 +98,7 @@ pub(crate) fn bases(record: &DiskRecord, limits: &Limits) -> Result<Vec<Base>> {
         let file = layer_path(path, layer);
         match file_id(&file)? {
             Some(_) => next.push(file),
-            None if *layer != record.active => found.push(Base { image: path.into(), file: file.into() }),
+            None if *layer != record.active => found.push(Base::new(path, file)),
             None => {}
         }
     }
@@ -110,7 +110,7 @@ pub(crate) fn bases(record: &DiskRecord, limits: &Limits) -> Result<Vec<Base>> {
             if format == "vhd" {
                 next.push(file.clone());
             }
-            found.push(Base { image: image.into(), file: file.into() });
+            found.push(Base::new(image, file));
         }
     }
     Ok(found)
@@ -168,18 +168,7 @@ pub fn find_children(path: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let limits = Limits { max_depth: 1, allowed: Vec::new() };
     let Some(file) = file_id(path)? else { return Ok(Vec::new()) };
     let name = LayerName(path.file_name().unwrap_or_default().to_owned());
-    let layer = Layer {
-        name: name.clone(),
-        address: path.into(),
-        format: "vhd".to_owned(),
-        named: true,
-        backing: None,
-        owned: true,
-        virtual_size: 0,
-        allocated: 0,
-        internal: Vec::new(),
-        dependents: Vec::new(),
-    };
+    let layer = Layer::new(name.clone(), path, "vhd", 0).named(true).owned(true);
     let mut layers = vec![layer];
     let ids = HashMap::from([(reading(path)?.id(), name.clone())]);
     let seen = HashMap::from([(file, name)]);
@@ -208,7 +197,7 @@ fn child(
         Ok(opened) if opened.disk_type() == DiskType::Differencing => opened,
         Err(error) if error.kind() == image::ErrorKind::Corrupt => {
             let why = format!("it is a damaged VHD: {error}");
-            undetermined.push(Undetermined { file: file.into(), why });
+            undetermined.push(Undetermined::new(file, why));
             return;
         }
         Ok(_) | Err(_) => return,

@@ -536,12 +536,11 @@ impl Catalogue for SqliteCatalogue {
             for row in rows {
                 let (id, snapshots, unfinished, bases): (_, _, _, Option<String>) = row?;
                 let (domain, _) = record::read_domain(connection, id)?;
-                found.push(EntrySummary {
-                    domain,
-                    snapshots: u64::try_from(snapshots).unwrap_or_default(),
-                    unfinished,
-                    bases: bases.map(|bases| record::from_json("bases", &bases)).transpose()?,
-                });
+                found.push(
+                    EntrySummary::new(domain, u64::try_from(snapshots).unwrap_or_default())
+                        .unfinished(unfinished)
+                        .bases(bases.map(|bases| record::from_json("bases", &bases)).transpose()?),
+                );
             }
             Ok(found)
         })

@@ -108,34 +108,32 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
             .prepare_cached("SELECT name FROM layers WHERE domain = ?1 AND target = ?2 ORDER BY position")?
             .query_map(params![id, target], |row| row.get(0).map(LayerName))?
             .collect::<rusqlite::Result<_>>()?;
-        disks.push(DiskRecord {
-            disk: Disk::new(Target::new(target)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?),
-            active: LayerName(row.get(3)?),
-            owned,
-        });
+        disks.push(
+            DiskRecord::new(
+                Disk::new(Target::new(target)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?),
+                LayerName(row.get(3)?),
+            )
+            .owned(owned),
+        );
     }
     let mut machines = Vec::new();
     let mut statement = connection
         .prepare_cached("SELECT id, summary, record FROM machines WHERE domain = ?1 ORDER BY id")?;
     let mut rows = statement.query([id])?;
     while let Some(row) = rows.next()? {
-        machines.push(Machine {
-            id: row.get(0)?,
-            summary: row.get(1)?,
-            record: from_json("machine", &row.get::<_, String>(2)?)?,
-        });
+        machines.push(
+            Machine::new(from_json("machine", &row.get::<_, String>(2)?)?, row.get::<_, String>(1)?)
+                .id(row.get(0)?),
+        );
     }
-    let domain = Domain {
-        name: DomainName::new(name)?,
-        unregistered,
-        hypervisor: from_word("hypervisor", hypervisor)?,
-        host: host.map(|text| from_json("host", &text)).transpose()?,
-        control: control.map(|text| from_json("control", &text)).transpose()?,
-        active_path: from_word("active path", active_path)?,
-        disks,
-        current: current.map(|id| from_word("snapshot identity", id)).transpose()?,
-        machines,
-    };
+    let domain = Domain::new(DomainName::new(name)?, disks)
+        .unregistered(unregistered)
+        .hypervisor(from_word("hypervisor", hypervisor)?)
+        .host(host.map(|text| from_json("host", &text)).transpose()?)
+        .control(control.map(|text| from_json("control", &text)).transpose()?)
+        .active_path(from_word("active path", active_path)?)
+        .current(current.map(|id| from_word("snapshot identity", id)).transpose()?)
+        .machines(machines);
     Ok((domain, Revision(unsigned(revision))))
 }
 
@@ -154,28 +152,33 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
         let id: SnapshotId = from_word("snapshot identity", row.get(0)?)?;
         if snapshots.last().is_none_or(|last| last.id != id) {
             let created: String = row.get(3)?;
-            snapshots.push(Snapshot {
-                id,
-                name: snapcore::SnapshotName::new(row.get::<_, String>(1)?)?,
-                parent: row
-                    .get::<_, Option<String>>(2)?
-                    .map(|id| from_word("snapshot identity", id))
-                    .transpose()?,
-                created: created.parse().map_err(|_| corrupt("time", &created))?,
-                description: row.get(4)?,
-                consistency: from_word("consistency", row.get(5)?)?,
-                disks: Vec::new(),
-                memory: row
-                    .get::<_, Option<String>>(10)?
-                    .map(|text| from_json("memory image", &text))
-                    .transpose()?,
-                machine: row.get(11)?,
-                skipped: row
-                    .get::<_, Option<String>>(12)?
-                    .map(|text| from_json("skipped disks", &text))
-                    .transpose()?
-                    .unwrap_or_default(),
-            });
+            snapshots.push(
+                Snapshot::new(
+                    snapcore::SnapshotName::new(row.get::<_, String>(1)?)?,
+                    created.parse().map_err(|_| corrupt("time", &created))?,
+                    Vec::new(),
+                )
+                .id(id)
+                .parent(
+                    row.get::<_, Option<String>>(2)?
+                        .map(|id| from_word("snapshot identity", id))
+                        .transpose()?,
+                )
+                .description(row.get(4)?)
+                .consistency(from_word("consistency", row.get(5)?)?)
+                .memory(
+                    row.get::<_, Option<String>>(10)?
+                        .map(|text| from_json("memory image", &text))
+                        .transpose()?,
+                )
+                .machine(row.get(11)?)
+                .skipped(
+                    row.get::<_, Option<String>>(12)?
+                        .map(|text| from_json("skipped disks", &text))
+                        .transpose()?
+                        .unwrap_or_default(),
+                ),
+            );
         }
         if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
             let point = Point { layer: LayerName(row.get(7)?), tag: row.get(8)? };
@@ -187,7 +190,7 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
         }
     }
     let follows = read_follows(connection, id)?;
-    Ok(Entry { domain, tree: SnapshotTree::new(snapshots), revision, follows })
+    Ok(Entry::new(domain, SnapshotTree::new(snapshots), revision).follows(follows))
 }
 
 fn read_follows(connection: &Connection, id: i64) -> Rows<Option<Stamp>> {
@@ -196,7 +199,7 @@ fn read_follows(connection: &Connection, id: i64) -> Rows<Option<Stamp>> {
         .query_row([id], |row| Ok((row.get::<_, Option<String>>(0)?, row.get::<_, Option<i64>>(1)?)))?;
     let Some(revision) = revision else { return Ok(None) };
     let catalogue = catalogue.map(|id| from_word("catalogue identity", id)).transpose()?;
-    Ok(Some(Stamp { catalogue, revision: Revision(unsigned(revision)) }))
+    Ok(Some(Stamp::new(catalogue, Revision(unsigned(revision)))))
 }
 
 /// Identity of this catalogue.
@@ -261,7 +264,7 @@ pub(crate) fn write_difference(
 fn write_disks(connection: &Connection, id: i64, disks: &[DiskRecord]) -> Rows<()> {
     connection.execute("DELETE FROM disks WHERE domain = ?1", [id])?;
     for (position, record) in (0_i64..).zip(disks) {
-        let Disk { target, address, format } = &record.disk;
+        let Disk { target, address, format, .. } = &record.disk;
         connection.execute(
             "INSERT INTO disks (domain, position, target, path, format, active) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             params![id, position, target.as_str(), address.as_str(), format, record.active.as_str()],
@@ -385,20 +388,21 @@ pub(crate) fn read_operations(
         let key: String = row.get(0)?;
         let state: String = row.get(2)?;
         let started: String = row.get(3)?;
-        let mut plan = Plan {
-            commit: from_json("edit", &row.get::<_, String>(5)?)?,
-            notes: from_json("notes", &row.get::<_, String>(6)?)?,
-            ..Plan::new(row.get::<_, String>(1)?, from_json("snapshot names", &row.get::<_, String>(4)?)?)
-        };
+        let mut plan =
+            Plan::new(row.get::<_, String>(1)?, from_json("snapshot names", &row.get::<_, String>(4)?)?)
+                .commit(from_json("edit", &row.get::<_, String>(5)?)?)
+                .notes(from_json("notes", &row.get::<_, String>(6)?)?);
         let steps = read_steps(connection, &key, &mut plan)?;
-        operations.push(Operation {
-            id: from_word("operation identity", key)?,
-            state: OperationState::from_word(&state).ok_or_else(|| corrupt("operation state", &state))?,
-            started: started.parse().map_err(|_| corrupt("time", &started))?,
-            plan,
-            steps,
-            errors: from_json("errors", &row.get::<_, String>(7)?)?,
-        });
+        operations.push(
+            Operation::new(
+                from_word("operation identity", key)?,
+                started.parse().map_err(|_| corrupt("time", &started))?,
+                plan,
+            )
+            .state(OperationState::from_word(&state).ok_or_else(|| corrupt("operation state", &state))?)
+            .steps(steps)
+            .errors(from_json("errors", &row.get::<_, String>(7)?)?),
+        );
     }
     Ok(operations)
 }
@@ -414,16 +418,18 @@ fn read_steps(connection: &Connection, operation: &str, plan: &mut Plan) -> Rows
     while let Some(row) = rows.next()? {
         let state: String = row.get(8)?;
         states.push(StepState::from_word(&state).ok_or_else(|| corrupt("step state", &state))?);
-        plan.push_row(StepRow {
-            group: from_word::<Group>("step group", row.get(0)?)?,
-            nested: row.get(1)?,
-            target: row.get::<_, Option<String>>(2)?.map(Target::new).transpose()?,
-            summary: row.get(3)?,
-            bytes: unsigned(row.get(4)?),
-            deferrable: row.get(5)?,
-            action: from_json("step", &row.get::<_, String>(6)?)?,
-            edits: from_json("edit", &row.get::<_, String>(7)?)?,
-        })?;
+        plan.push_row(
+            StepRow::new(
+                from_word::<Group>("step group", row.get(0)?)?,
+                from_json("step", &row.get::<_, String>(6)?)?,
+                row.get::<_, String>(3)?,
+            )
+            .nested(row.get(1)?)
+            .target(row.get::<_, Option<String>>(2)?.map(Target::new).transpose()?)
+            .bytes(unsigned(row.get(4)?))
+            .deferrable(row.get(5)?)
+            .edits(from_json("edit", &row.get::<_, String>(7)?)?),
+        )?;
     }
     Ok(states)
 }

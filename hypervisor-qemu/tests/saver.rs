@@ -167,13 +167,7 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
             run.grow(number)?;
         }
         let chains = run.chains();
-        let start = |machine| StartFromMemory {
-            domain: &run.domain,
-            machine: Some(machine),
-            file: &memory,
-            chains: &chains,
-            power: None,
-        };
+        let start = |machine| StartFromMemory::new(&run.domain, &memory, &chains).machine(Some(machine));
         // The user gets a pipe: the unpacked image ends with this process.
         let mut other = machine.clone();
         other["process"]["uid"] = 4_000_000.into();
@@ -360,12 +354,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         let never = CancellationToken::new();
         let quiet = run::Quiet;
 
-        let down = AttachedMerge {
-            run: vec![file(1), file(2)],
-            into: file(1),
-            below: Some(file(0)),
-            string: string(1),
-        };
+        let down = AttachedMerge::new(vec![file(1), file(2)], file(1)).below(Some(file(0))).string(string(1));
         for round in 0..2 {
             let live = run.live()?;
             let disk = live.disk(&target).context("it is attached")?;
@@ -401,12 +390,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         assert_eq!(run.open_files(0).await?, run.files(0));
         run.sound().await?;
 
-        let up = AttachedMerge {
-            run: vec![file(3), file(4)],
-            into: file(4),
-            below: Some(file(1)),
-            string: string(1),
-        };
+        let up = AttachedMerge::new(vec![file(3), file(4)], file(4)).below(Some(file(1))).string(string(1));
         run.merge(&up, &()).await?;
         run.merge(&up, &()).await?;
         run.layers[0].remove(2);
@@ -418,12 +402,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         run.sound().await?;
 
         // Down from the active image. First the path cannot be moved, then a crash comes before the move.
-        let pivot = AttachedMerge {
-            run: vec![file(4), file(5)],
-            into: file(4),
-            below: Some(file(1)),
-            string: string(4),
-        };
+        let pivot = AttachedMerge::new(vec![file(4), file(5)], file(4)).below(Some(file(1))).string(string(4));
         let before = run.paths();
         let error = run.merge(&pivot, &run::Fails).await.expect_err("it fails");
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
@@ -439,7 +418,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
 
         // All into the base, with a crash after the path was moved.
         let run_of_all = vec![file(0), file(1), file(4)];
-        let pivot = AttachedMerge { run: run_of_all, into: file(0), below: None, string: None };
+        let pivot = AttachedMerge::new(run_of_all, file(0));
         let hangs = run::Hangs { moves: run.moves(&[(0, layers[5].clone())]), after: true };
         run.interrupt(async |run| run.merge(&pivot, &hangs).await).await?;
         assert_eq!(run.paths()[0], identity(&layers[5])?);
@@ -488,13 +467,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
             }
             run.saver.check_memory(&memory, &run::Quiet).await?;
             let chains = run.chains();
-            let start = StartFromMemory {
-                domain: &run.domain,
-                machine: Some(&machine),
-                file: &memory,
-                chains: &chains,
-                power,
-            };
+            let start = StartFromMemory::new(&run.domain, &memory, &chains).machine(Some(&machine)).power(power);
             let facts = run.saver.start(start).await?;
             assert_eq!(facts.start, Vec::<String>::new(), "{:?}", facts.notes);
             run.reconnect().await?;
@@ -517,19 +490,13 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         // A domain that cannot be started is reported.
         let mut other = machine.clone();
         other["process"]["uid"] = 4_000_000.into();
-        let start = StartFromMemory {
-            domain: &run.domain,
-            machine: Some(&other),
-            file: &memory,
-            chains: &[],
-            power: None,
-        };
+        let start = StartFromMemory::new(&run.domain, &memory, &[]).machine(Some(&other));
         let facts = run.saver.start(start).await?;
         assert!(
             facts.start.iter().any(|word| word == "-incoming") && facts.notes[0].contains("user 4000000")
         );
         let start =
-            StartFromMemory { domain: &run.domain, machine: None, file: &memory, chains: &[], power: None };
+            StartFromMemory::new(&run.domain, &memory, &[]);
         let facts = run.saver.start(start).await?;
         assert!(facts.start.is_empty() && facts.notes[0].contains("is not known"), "{facts:?}");
         // QEMU's refusal is an error.
@@ -537,13 +504,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         let args = other["process"]["command_line"].as_array_mut().context("arguments")?;
         let place = args.iter().position(|word| word == "-m").context("-m")?;
         args[place + 1] = "160".into();
-        let start = StartFromMemory {
-            domain: &run.domain,
-            machine: Some(&other),
-            file: &memory,
-            chains: &[],
-            power: None,
-        };
+        let start = StartFromMemory::new(&run.domain, &memory, &[]).machine(Some(&other));
         let error = run.saver.start(start).await.expect_err("it does not fit");
         assert!(error.kind() == ErrorKind::Io && error.to_string().contains("pc.ram"), "{error}");
         assert!(run.saver.connect(&run.domain).await?.is_none(), "no process is left");
@@ -740,7 +701,7 @@ async fn running_domain_is_described_and_found() -> Result<()> {
         live.differences(&serde_json::json!({ "machine": 3 })).expect_err("no record").kind(),
         ErrorKind::Corrupt
     );
-    let unserved = Control { address: run.dir.join("unserved").display().to_string(), ..Control::default() };
+    let unserved = Control::default().address(run.dir.join("unserved").display().to_string());
     assert_eq!(run.saver.look(&unserved).await.expect_err("no server").kind(), ErrorKind::NotFound);
     Ok(())
 }

@@ -131,7 +131,7 @@ pub(crate) async fn take(
         *live.saved_running.lock().await = Some(ran);
     }
     let consistency = if step.memory.is_some() { Consistency::Memory } else { Consistency::Crash };
-    facts.taken = Some(Taken { at, consistency, running: ran, method: method.to_owned() });
+    facts.taken = Some(Taken::new(at, consistency, ran, method));
     Ok(facts)
 }
 

@@ -116,13 +116,7 @@ pub(crate) fn seen(row: &Row, config: &Value) -> DomainInfo {
     let cpus = build["max_vcpus"].as_u64().unwrap_or(1);
     let summary = format!("Xen {kind}, {cpus} processors, {} MiB, {} drives", memory >> 10, drives.len());
     let disks = drives.iter().map(seen_disk).chain(other_storage(config)).collect();
-    DomainInfo {
-        name: Some(row.name.clone()),
-        summary,
-        disks,
-        config: config_file(&row.name),
-        ..DomainInfo::new(record(config), !row.flags.paused)
-    }
+    DomainInfo::new(record(config), !row.flags.paused).name(Some(row.name.clone())).summary(summary).disks(disks).config(config_file(&row.name))
 }
 
 fn seen_disk(disk: &XenDisk) -> SeenDisk {
@@ -131,15 +125,7 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
         (_, false) => Some("the guest can only read it".to_owned()),
         (false, true) => disk.unfit.clone(),
     };
-    SeenDisk {
-        target: disk.target.clone(),
-        address: disk.path.as_path().into(),
-        format: disk.format.clone(),
-        left_out,
-        guest_writes: disk.writable,
-        member: None,
-        no_internal: None,
-    }
+    SeenDisk::new(disk.target.clone(), disk.path.as_path(), disk.format.clone()).left_out(left_out).guest_writes(disk.writable)
 }
 
 /// Records which of the drives are the domain's disks, and which disk has another file in its place.
@@ -198,15 +184,7 @@ fn other_storage(config: &Value) -> Vec<SeenDisk> {
     let mut found = Vec::new();
     let mut add = |name: String, path: &str, why: &str| {
         let Ok(target) = Target::new(name) else { return };
-        found.push(SeenDisk {
-            target,
-            address: path.into(),
-            format: String::new(),
-            left_out: Some(why.to_owned()),
-            guest_writes: true,
-            member: None,
-            no_internal: None,
-        });
+        found.push(SeenDisk::new(target, path, String::new()).left_out(Some(why.to_owned())).guest_writes(true));
     };
     for (number, entry) in listed(&config["disks"]).iter().enumerate() {
         if disk(entry).is_none() && yes(entry, "readwrite") {
@@ -241,14 +219,14 @@ pub(crate) fn unknown_to_libxl(qemu: &DomainInfo, drives: &[XenDisk]) -> Vec<See
     hidden
         .map(|disk| {
             let why = "libxl does not know it: it was added to QEMU directly";
-            SeenDisk { left_out: Some(why.to_owned()), ..disk.clone() }
+            disk.clone().left_out(Some(why.to_owned()))
         })
         .collect()
 }
 
 /// Returns the reason why Xen cannot save the memory of such a domain, if there is one.
 pub(crate) fn cannot_save(config: &Value) -> Option<Obstacle> {
-    let obstacle = |why: &str, advice: &str| Obstacle { why: why.to_owned(), advice: advice.to_owned() };
+    let obstacle = |why: &str, advice: &str| Obstacle::new(why, advice);
     if config["pcidevs"].as_array().is_some_and(|devices| !devices.is_empty()) {
         return Some(obstacle(
             "the domain has a PCI device of the host, whose state cannot be saved",

@@ -138,12 +138,8 @@ impl XenDomain {
                 if !Path::new(&address).exists() {
                     continue;
                 }
-                let control = Control { address, ..Control::default() };
-                let domain = Domain {
-                    hypervisor: hypervisor_qemu::NAME,
-                    control: Some(control),
-                    ..self.domain.clone()
-                };
+                let control = Control::default().address(address);
+                let domain = self.domain.clone().hypervisor(hypervisor_qemu::NAME).control(Some(control));
                 match self.qemu_saver.connect(&domain).await {
                     Ok(Some(qemu)) => {
                         qemu.limit(*self.speed.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
@@ -314,7 +310,7 @@ impl LiveDomain for XenDomain {
                 let path = file.clone();
                 let bytes = blocking(move || memory::seal(&path, running, &Silent)).await?;
                 context.progress.bytes(bytes, bytes);
-                let mut facts = StepOutcome { memory_bytes: Some(bytes), ..StepOutcome::default() };
+                let mut facts = StepOutcome::default().memory_bytes(Some(bytes));
                 if *compress > 0 {
                     facts.notes.push(
                         "the memory image is not compressed: this is not supported with Xen".to_owned(),

@@ -49,7 +49,7 @@ impl VmStateSaver for Xen {
         }
         let from_directory = |path: Option<Utf8PathBuf>| path.map(|path| directory.join(path));
         let (memory_dir, config) = (from_directory(control.memory_dir), from_directory(control.config));
-        Ok(Control { memory_dir, config, ..control })
+        Ok(control.memory_dir(memory_dir).config(config))
     }
 
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
@@ -119,7 +119,7 @@ impl VmStateSaver for Xen {
             }
             let Ok(config) = list::config_of(&xl, row.domid).await else { continue };
             let seen = describe::seen(&row, &config);
-            let control = Control { address: row.name, config: seen.config.clone(), ..Control::default() };
+            let control = Control::default().address(row.name).config(seen.config.clone());
             found.push((control, seen));
         }
         Ok(found)
@@ -138,7 +138,7 @@ impl VmStateSaver for Xen {
         // The domain is started: a failure to read its number is no error.
         let row = list::row_of(&xl, name).await.ok().flatten();
         let started = row.map(|row| StartedDomain::number(row.domid));
-        Ok(StepOutcome { guest: Some(GuestChange::Started), started, ..StepOutcome::default() })
+        Ok(StepOutcome::default().guest(Some(GuestChange::Started)).started(started))
     }
 
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

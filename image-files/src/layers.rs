@@ -93,7 +93,7 @@ pub fn adopt(
         ActivePath::Keep => adopted_name(&disk)?,
         ActivePath::New => LayerName(disk.path().file_name().unwrap_or("disk").to_owned()),
     };
-    let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
+    let record = DiskRecord::new(disk, active.clone()).owned(vec![active]);
     inspect(format, &record, InspectDepth::Layers, limits, &FileIds::new())?;
     Ok(record)
 }
@@ -151,11 +151,7 @@ pub fn open_chain(format: &dyn ChainFormat, record: &DiskRecord, limits: &Limits
     };
     let mut reader = Reader { format, record, limits, layers: Vec::new(), seen: HashMap::new() };
     reader.chain(active)?;
-    Ok(reader
-        .layers
-        .into_iter()
-        .map(|layer| OpenLayer { address: layer.address, format: layer.format })
-        .collect())
+    Ok(reader.layers.into_iter().map(|layer| OpenLayer::new(layer.address, layer.format)).collect())
 }
 
 /// Makes the error for a configured path that is not the active layer. If the file is a later layer of the
@@ -300,18 +296,10 @@ impl Reader<'_> {
         let metadata =
             std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
         let named = file_id(&layer_path(self.record.disk.path(), &name))?.is_some();
-        let mut layer = Layer {
-            name,
-            address: file.into(),
-            format: format.to_owned(),
-            named,
-            backing: None,
-            owned,
-            virtual_size: metadata.len(),
-            allocated: metadata.blocks() * 512,
-            internal: Vec::new(),
-            dependents: Vec::new(),
-        };
+        let mut layer = Layer::new(name, file, format, metadata.len())
+            .named(named)
+            .owned(owned)
+            .allocated(metadata.blocks() * 512);
         if format != self.format.name() {
             // A layer of another stated format: every program that opens the chain reads it so, and the chain
             // ends here. It may be a device.
@@ -399,7 +387,7 @@ pub fn findings(record: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> 
     let mut findings = Vec::new();
     let path = record.disk.path();
     let mut find = |severity, subject: &str, message: String| {
-        findings.push(Finding { severity, subject: subject.to_owned(), message });
+        findings.push(Finding::new(severity, subject, message));
     };
     for overlay in &state.path_dependents {
         let message = format!(

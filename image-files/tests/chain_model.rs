@@ -57,7 +57,7 @@ impl Machine {
     fn new() -> Self {
         let disk = Disk::new(Target::new("vda").unwrap(), "/vm/disk.qcow2", "model");
         let base = layer_name(disk.path(), 0);
-        let record = DiskRecord { disk, active: base.clone(), owned: vec![base.clone()] };
+        let record = DiskRecord::new(disk, base.clone()).owned(vec![base.clone()]);
         let images = BTreeMap::from([(base.clone(), Image::default())]);
         Self {
             record,
@@ -81,35 +81,18 @@ impl Machine {
     }
 
     fn state(&self) -> DiskState {
-        let layers = self.images.iter().map(|(name, image)| Layer {
-            name: name.clone(),
-            address: layer_path(self.record.disk.path(), name).into(),
-            format: "model".to_owned(),
-            named: image.named,
-            backing: image.backing.clone(),
-            owned: self.record.owned.contains(name),
-            virtual_size: u64::from(CLUSTERS),
-            allocated: image.own.len() as u64,
-            internal: image
+        let layers = self.images.iter().map(|(name, image)| Layer::new(name.clone(), layer_path(self.record.disk.path(), name), "model", u64::from(CLUSTERS)).named(image.named).backing(image.backing.clone()).owned(self.record.owned.contains(name)).allocated(image.own.len() as u64).internal(image
                 .tags
                 .keys()
-                .map(|tag| InternalPoint {
-                    tag: tag.clone(),
-                    virtual_size: u64::from(CLUSTERS),
-                    created: jiff::Timestamp::UNIX_EPOCH,
-                    vm_state_size: 0,
-                    identity: None,
-                })
-                .collect(),
-            dependents: self
+                .map(|tag| InternalPoint::new(tag.clone(), u64::from(CLUSTERS), jiff::Timestamp::UNIX_EPOCH))
+                .collect()).dependents(self
                 .foreign
                 .iter()
                 .filter(|(on, _)| on == name)
                 .map(|_| "/elsewhere/clone.qcow2".into())
-                .collect(),
-        });
+                .collect()));
         let (target, active) = (self.record.disk.target.clone(), self.record.active.clone());
-        DiskState { attached: self.open.is_some(), ..DiskState::new(target, active, layers.collect()) }
+        DiskState::new(target, active, layers.collect()).attached(self.open.is_some())
     }
 
     fn keep(&self) -> Vec<Point> {

@@ -100,22 +100,10 @@ fn layer(number: u8) -> LayerName {
 }
 
 fn domain(name: &str, paths: &[&str]) -> Domain {
-    let disks = paths.iter().zip(["vda", "vdb", "vdc"]).map(|(path, name)| DiskRecord {
-        disk: Disk::new(target(name), *path, "fake"),
-        active: layer(0),
-        owned: vec![layer(0)],
+    let disks = paths.iter().zip(["vda", "vdb", "vdc"]).map(|(path, name)| {
+        DiskRecord::new(Disk::new(target(name), *path, "fake"), layer(0)).owned(vec![layer(0)])
     });
-    Domain {
-        name: domain_name(name),
-        unregistered: false,
-        hypervisor: Hypervisor::NONE,
-        host: None,
-        control: None,
-        active_path: ActivePath::New,
-        disks: disks.collect(),
-        current: None,
-        machines: Vec::new(),
-    }
+    Domain::new(domain_name(name), disks.collect()).active_path(ActivePath::New)
 }
 
 fn put(domain: &Domain) -> Vec<Change> {
@@ -123,26 +111,23 @@ fn put(domain: &Domain) -> Vec<Change> {
 }
 
 fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
-    Snapshot {
-        id: SnapshotId::fresh(),
-        name: SnapshotName::new(format!("s{number}")).unwrap(),
-        parent,
-        created: Timestamp::from_nanosecond(1_700_000_000_123_456_789 + i128::from(number)).unwrap(),
-        description: "it's \"quoted\"\n".to_owned(),
-        consistency: Consistency::Clean,
-        disks: vec![
+    Snapshot::new(
+        SnapshotName::new(format!("s{number}")).unwrap(),
+        Timestamp::from_nanosecond(1_700_000_000_123_456_789 + i128::from(number)).unwrap(),
+        vec![
             DiskPoint::new(target("vda"), Point::external(layer(number)), u64::from(number)),
             DiskPoint::new(target("vdb"), Point::internal(layer(0), "tag"), (1 << 63) - 1),
         ],
-        memory: (number > 1).then(|| MemoryPoint {
-            file: format!("/memory/{number}").into(),
-            bytes: 1 << 30,
-            full: (number == 3).then_some(2 << 30),
-            running: number == 2,
-        }),
-        machine: (number > 1).then(|| "m".to_owned()),
-        skipped: vec![SkippedDisk { target: Target::new("vdz").unwrap(), image: "/vdz.raw".to_owned() }],
-    }
+    )
+    .parent(parent)
+    .description("it's \"quoted\"\n".to_owned())
+    .consistency(Consistency::Clean)
+    .memory((number > 1).then(|| {
+        MemoryPoint::new(format!("/memory/{number}"), 1 << 30, number == 2)
+            .full((number == 3).then_some(2 << 30))
+    }))
+    .machine((number > 1).then(|| "m".to_owned()))
+    .skipped(vec![SkippedDisk::new(Target::new("vdz").unwrap(), "/vdz.raw")])
 }
 
 /// A commit that expects another revision changes nothing.
@@ -197,13 +182,11 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
-    let step = || Step {
-        target: target("vda"),
-        action: serde_json::json!({"do": "it", "with": [1, "two", null]}),
-        summary: "does it".into(),
-        bytes: 1 << 40,
+    let step = || {
+        Step::new(target("vda"), serde_json::json!({"do": "it", "with": [1, "two", null]}), "does it")
+            .bytes(1 << 40)
     };
-    let of_domain = |action| HypervisorStep { action, summary: "does it to all".into() };
+    let of_domain = |action| HypervisorStep::new(action, "does it to all");
     let cut = of_domain(DomainStep::Detach { disks: vec![target("vda")], running: true, restart: None });
     let end = of_domain(DomainStep::Continue { memory: None, reset: true, power: None });
     let moved = Edit::MovePoint {
@@ -211,34 +194,31 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
         from: Point::external(layer(1)),
         to: Point::internal(layer(2), "t"),
     };
-    let mut operation = Operation {
-        id: OperationId::fresh(),
-        state: OperationState::Preparing,
-        started: Timestamp::now(),
-        plan: Plan {
-            prepare: vec![PlanStep::Disk(step()), PlanStep::Domain(end.clone())],
-            cut: vec![
+    let mut operation = Operation::new(
+        OperationId::fresh(),
+        Timestamp::now(),
+        Plan::new("create", vec![SnapshotName::new("s1").unwrap()])
+            .prepare(vec![PlanStep::Disk(step()), PlanStep::Domain(end.clone())])
+            .cut(vec![
                 CutUnit::Domain { step: cut.clone(), nested: vec![step(), step()] },
                 CutUnit::Domain { step: cut, nested: Vec::new() },
                 CutUnit::Disk(step()),
-            ],
-            commit: vec![Edit::AddSnapshot { snapshot: Box::new(snapshot(1, None)) }],
-            finish: vec![
+            ])
+            .commit(vec![Edit::AddSnapshot { snapshot: Box::new(snapshot(1, None)) }])
+            .finish(vec![
                 FinishUnit::Domain(end),
-                FinishUnit::Disk(FinishStep {
-                    deferrable: true,
-                    edits: vec![moved.clone()],
-                    nested: vec![NestedStep { edits: vec![moved], ..NestedStep::new(step()) }],
-                    ..FinishStep::new(step())
-                }),
+                FinishUnit::Disk(
+                    FinishStep::new(step())
+                        .deferrable(true)
+                        .edits(vec![moved.clone()])
+                        .nested(vec![NestedStep::new(step()).edits(vec![moved])]),
+                ),
                 FinishUnit::Disk(FinishStep::new(step())),
-            ],
-            notes: vec!["a note".into()],
-            ..Plan::new("create", vec![SnapshotName::new("s1").unwrap()])
-        },
-        steps: vec![StepState::Pending; 11],
-        errors: Vec::new(),
-    };
+            ])
+            .notes(vec!["a note".into()]),
+    )
+    .state(OperationState::Preparing)
+    .steps(vec![StepState::Pending; 11]);
     let revision = catalogue
         .commit(&web.name, revision, vec![Change::Begin(Box::new(operation.clone()))])
         .await
@@ -345,7 +325,7 @@ fn edits_match_the_model(make: fn() -> Box<dyn TestCatalogue>) {
             let catalogue = store.open();
             let web = domain("web", &["/a", "/b"]);
             let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
-            let mut entry = Entry { domain: web, tree: SnapshotTree::default(), revision, follows: None };
+            let mut entry = Entry::new(web, SnapshotTree::default(), revision);
             let mut model = Model::default();
             for (number, doing) in (1_u8..).zip(all) {
                 let ids: Vec<SnapshotId> = entry.tree.iter().map(|s| s.id).collect();
@@ -440,7 +420,7 @@ async fn identity_lasts_and_revisions_grow(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     assert_eq!(catalogue.identity().await.unwrap(), None);
     let web = domain("web", &["/a"]);
-    let follows = Stamp { catalogue: Some(CatalogueId::fresh()), revision: Revision(1000) };
+    let follows = Stamp::new(Some(CatalogueId::fresh()), Revision(1000));
     let changes = [put(&web), vec![Change::Follow(follows)]].concat();
     let first = catalogue.commit(&web.name, Revision::ABSENT, changes).await.unwrap();
     assert!(first > follows.revision);

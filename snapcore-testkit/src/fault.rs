@@ -325,7 +325,7 @@ impl DiskSnapshotter for FaultyBackend {
         }
         self.faults.pass(Moment::BeforeApply).await?;
         let progress = FaultyProgress { inner: context.progress, faults: &self.faults };
-        let context = StepContext { progress: &progress, ..context };
+        let context = context.progress(&progress);
         self.inner.apply(step, context).await?;
         if twice {
             self.inner.apply(step, context).await?;
@@ -370,7 +370,7 @@ impl DiskSnapshotter for FaultyBackend {
     ) -> Result<DeleteCost> {
         let cost = self.inner.cost_of_delete(disk, state, drop, keep).await?;
         let free = self.faults.armed().free_deletes;
-        Ok(if free { DeleteCost { frees: 0, moves: 0 } } else { cost })
+        Ok(if free { DeleteCost::new(0, 0) } else { cost })
     }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         self.inner.is_gone(disk).await

@@ -110,22 +110,14 @@ impl Fixture {
         for (target, path, format) in machine.disks() {
             let active = LayerName(path.file_name().context("a file's name")?.to_owned());
             let disk = Disk::new(target.clone(), &path, format.as_str());
-            disks.push(DiskRecord { disk, owned: vec![active.clone()], active });
-            let layers = vec![OpenLayer { address: path.into(), format }];
-            chains.push(OpenChain { target: target.clone(), layers });
+            disks.push(DiskRecord::new(disk, active.clone()).owned(vec![active]));
+            let layers = vec![OpenLayer::new(path, format)];
+            chains.push(OpenChain::new(target.clone(), layers));
             targets.push(target);
         }
-        let domain = Domain {
-            name: DomainName::new("test")?,
-            unregistered: false,
-            hypervisor: saver.profile().name,
-            host: None,
-            control: Some(control),
-            active_path: ActivePath::Keep,
-            disks,
-            current: None,
-            machines: Vec::new(),
-        };
+        let domain = Domain::new(DomainName::new("test")?, disks)
+            .hypervisor(saver.profile().name)
+            .control(Some(control));
         Ok(Self { saver, domain, chains, targets })
     }
 
@@ -163,13 +155,13 @@ impl Fixture {
     }
 
     fn context<'b>(&'b self, inside: &'b dyn Inside, cancel: &'b CancellationToken) -> DomainContext<'b> {
-        DomainContext { domain: &self.domain, chains: &self.chains, inside, progress: &Quiet, cancel }
+        DomainContext::new(&self.domain, &self.chains, &Quiet, cancel).inside(inside)
     }
 
     /// The instant of a snapshot whose disks the backends take.
     fn instant(&self, memory: Option<&Utf8Path>) -> DomainStep {
         let live = self.saver.profile().saves_while_running;
-        let plan = |file: &Utf8Path| MemoryPlan { file: file.to_owned(), live, budget_ms: 20_000 };
+        let plan = |file: &Utf8Path| MemoryPlan::new(file, live, 20_000);
         DomainStep::Instant {
             disks: self.targets.iter().map(|target| (target.clone(), DiskInstant::ByBackend)).collect(),
             running: true,
@@ -199,7 +191,7 @@ async fn addresses(machine: &dyn TestMachine) -> Result<()> {
 
 async fn nothing(machine: &dyn TestMachine) -> Result<()> {
     let mut fixture = Fixture::new(machine)?;
-    let said = Control { address: machine.nowhere(), ..Control::default() };
+    let said = Control::default().address(machine.nowhere());
     let control = fixture.saver.read_control(said, machine.memory_dir())?;
     let looked = fixture.saver.look(&control).await;
     ensure!(looked.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{looked:?}");
@@ -226,7 +218,7 @@ async fn found(machine: &dyn TestMachine) -> Result<()> {
     let scanned: Vec<_> = scanned.into_iter().map(|(control, _)| control.address).collect();
     let mut read = Vec::new();
     for address in &scanned {
-        let said = Control { address: address.clone(), ..Control::default() };
+        let said = Control::default().address(address.clone());
         read.push(fixture.saver.read_control(said, machine.memory_dir())?.address);
     }
     ensure!(read.contains(&fixture.control().address), "the scan finds {scanned:?}");

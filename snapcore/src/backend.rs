@@ -116,6 +116,7 @@ pub enum Severity {
 
 /// One finding of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Finding {
     /// Its severity.
     pub severity: Severity,
@@ -123,6 +124,13 @@ pub struct Finding {
     pub subject: String,
     /// The finding, and advice.
     pub message: String,
+}
+
+impl Finding {
+    /// Makes a finding.
+    pub fn new(severity: Severity, subject: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { severity, subject: subject.into(), message: message.into() }
+    }
 }
 
 /// Receiver of the progress of a long step.
@@ -133,6 +141,7 @@ pub trait Progress: Send + Sync {
 
 /// The context of a step.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct StepContext<'a> {
     /// The disk, as recorded in the catalogue: before the commit point as it was when the plan was made,
     /// after it with the plan's edits. So it is the same in a first run and in a recovery.
@@ -153,13 +162,35 @@ pub struct StepContext<'a> {
     pub resumed: bool,
 }
 
+impl<'a> StepContext<'a> {
+    /// Makes the context of a step on a disk at rest, in a first run, with nothing nested in it.
+    pub fn new(disk: &'a DiskRecord, progress: &'a dyn Progress, cancel: &'a CancellationToken) -> Self {
+        Self { disk, progress, cancel, attached: None, inside: &(), resumed: false }
+    }
+}
+
+setters!(<'a> StepContext<'a> {
+    progress: &'a dyn Progress,
+    attached: Option<&'a dyn AttachedDisk>,
+    inside: &'a dyn Inside,
+    resumed: bool,
+});
+
 /// A file that no other program may use in a certain manner during a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StepNeed {
     /// The file, or device.
     pub file: Utf8PathBuf,
     /// True if no other program may even read it.
     pub alone: bool,
+}
+
+impl StepNeed {
+    /// Makes a need.
+    pub fn new(file: impl Into<Utf8PathBuf>, alone: bool) -> Self {
+        Self { file: file.into(), alone }
+    }
 }
 
 /// Result of [`DiskSnapshotter::lock`]. While it exists, no other program can write the disk.
@@ -428,6 +459,7 @@ pub enum Leftover {
 
 /// The effects of a step on files. Paths are absolute.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FileUses {
     /// Names of files that are created, and new names of existing files.
     pub makes: Vec<Utf8PathBuf>,
@@ -440,6 +472,14 @@ pub struct FileUses {
     /// The least bytes that it needs on the file system of the disk's directory; 0 if unknown.
     pub room: u64,
 }
+
+setters!(FileUses {
+    makes: Vec<Utf8PathBuf>,
+    writes: Vec<Utf8PathBuf>,
+    renames: Vec<Utf8PathBuf>,
+    links: Vec<Utf8PathBuf>,
+    room: u64,
+});
 
 impl FileUses {
     /// Adds the effects of another step.
@@ -461,11 +501,19 @@ pub(crate) fn is_gone_file(path: &Utf8Path) -> bool {
 
 /// An image with a backing file.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Base {
     /// The image.
     pub image: DiskAddress,
     /// Its backing file, as the image names it; a path is absolute.
     pub file: DiskAddress,
+}
+
+impl Base {
+    /// Makes a base.
+    pub fn new(image: impl Into<DiskAddress>, file: impl Into<DiskAddress>) -> Self {
+        Self { image: image.into(), file: file.into() }
+    }
 }
 
 /// Result of [`DiskSnapshotter::salvage`].
@@ -481,9 +529,17 @@ pub enum Salvage {
 
 /// Estimated cost and gain of a delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct DeleteCost {
     /// Bytes on the disk that it would free.
     pub frees: u64,
     /// Bytes of data that it would move.
     pub moves: u64,
+}
+
+impl DeleteCost {
+    /// Makes an estimate.
+    pub fn new(frees: u64, moves: u64) -> Self {
+        Self { frees, moves }
+    }
 }

@@ -59,6 +59,7 @@ pub enum DiskRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "DiskPlan")]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct DiskPlan<A = serde_json::Value> {
     /// Steps before the cut, while a guest would run. They can be undone.
     pub prepare: Vec<Step<A>>,
@@ -81,10 +82,22 @@ pub struct DiskPlan<A = serde_json::Value> {
     pub notes: Vec<String>,
 }
 
+setters!(<A> DiskPlan<A> {
+    prepare: Vec<Step<A>>,
+    instant: Option<InstantPlan<A>>,
+    cut: Vec<Step<A>>,
+    commit: Vec<Edit>,
+    detached: Vec<FinishStep<A>>,
+    finish: Vec<FinishStep<A>>,
+    point: Option<Point>,
+    notes: Vec<String>,
+});
+
 /// One disk's part in the hypervisor's cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "InstantPlan")]
 #[serde(bound(deserialize = "A: Deserialize<'de>"))]
+#[non_exhaustive]
 pub struct InstantPlan<A = serde_json::Value> {
     /// The hypervisor's part.
     #[serde(flatten)]
@@ -93,6 +106,13 @@ pub struct InstantPlan<A = serde_json::Value> {
     /// configured path, or take the point under [`DiskInstant::ByBackend`].
     #[serde(default)]
     pub nested: Vec<Step<A>>,
+}
+
+impl<A> InstantPlan<A> {
+    /// Makes the part of one disk.
+    pub fn new(take: DiskInstant, nested: Vec<Step<A>>) -> Self {
+        Self { take, nested }
+    }
 }
 
 impl<A> Default for DiskPlan<A> {

@@ -107,6 +107,7 @@ pub enum ActivePath {
 
 /// One disk of a domain, as its configuration has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Disk {
     /// Its name inside the domain.
     pub target: Target,
@@ -128,6 +129,7 @@ impl Disk {
 
 /// A disk, and the catalogue's records of its layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct DiskRecord {
     /// The disk.
     #[serde(flatten)]
@@ -139,8 +141,20 @@ pub struct DiskRecord {
     pub owned: Vec<LayerName>,
 }
 
+impl DiskRecord {
+    /// Makes the record of a disk of which no layer is ours.
+    pub fn new(disk: Disk, active: LayerName) -> Self {
+        Self { disk, active, owned: Vec::new() }
+    }
+}
+
+setters!(DiskRecord {
+    owned: Vec<LayerName>,
+});
+
 /// A domain as the catalogue knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Domain {
     /// Its name: the registered one, or one made from the path of its first image.
     pub name: DomainName,
@@ -166,8 +180,36 @@ pub struct Domain {
     pub machines: Vec<Machine>,
 }
 
+impl Domain {
+    /// Makes a registered domain at rest without snapshots, of any host.
+    pub fn new(name: DomainName, disks: Vec<DiskRecord>) -> Self {
+        Self {
+            name,
+            disks,
+            unregistered: false,
+            hypervisor: Hypervisor::NONE,
+            host: None,
+            control: None,
+            active_path: ActivePath::Keep,
+            current: None,
+            machines: Vec::new(),
+        }
+    }
+}
+
+setters!(Domain {
+    unregistered: bool,
+    hypervisor: Hypervisor,
+    host: Option<Host>,
+    control: Option<Control>,
+    active_path: ActivePath,
+    current: Option<SnapshotId>,
+    machines: Vec<Machine>,
+});
+
 /// A running domain's machine, as its hypervisor described it at a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Machine {
     /// The name that snapshots refer to: made from the record, so that equal machines have equal names.
     pub id: String,
@@ -177,6 +219,8 @@ pub struct Machine {
     /// The hypervisor's own record ([`crate::hypervisor::DomainInfo::machine`]).
     pub record: serde_json::Value,
 }
+
+setters!(Machine { id: String });
 
 impl Machine {
     /// The machine of a record.

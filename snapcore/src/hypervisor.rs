@@ -26,6 +26,7 @@ use crate::snapshot::Consistency;
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Control {
     /// Address in the hypervisor's form ([`VmStateSaver::read_control`]): a socket, a name.
     pub address: String,
@@ -50,6 +51,15 @@ pub struct Control {
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
 }
+
+setters!(Control {
+    address: String,
+    agent: Option<Utf8PathBuf>,
+    memory_dir: Option<Utf8PathBuf>,
+    start: Vec<String>,
+    compress: Option<u8>,
+    config: Option<Utf8PathBuf>,
+});
 
 impl Control {
     /// The highest compression level of a memory image.
@@ -106,6 +116,7 @@ pub enum DiskInstant {
 
 /// Saving of memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct MemoryPlan {
     /// The memory image.
     #[schemars(with = "String")]
@@ -117,9 +128,17 @@ pub struct MemoryPlan {
     pub budget_ms: u64,
 }
 
+impl MemoryPlan {
+    /// Plans the saving of memory.
+    pub fn new(file: impl Into<Utf8PathBuf>, live: bool, budget_ms: u64) -> Self {
+        Self { file: file.into(), live, budget_ms }
+    }
+}
+
 /// The restart of a domain after a detached section in which its current state was given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Restart {
     /// The source of the restart.
     pub from: RestartSource,
@@ -134,6 +153,18 @@ pub struct Restart {
     #[serde(default)]
     pub recreated: bool,
 }
+
+impl Restart {
+    /// Makes a restart by a hypervisor that keeps the domain.
+    pub fn new(from: RestartSource, safety: bool) -> Self {
+        Self { from, safety, config: None, recreated: false }
+    }
+}
+
+setters!(Restart {
+    config: Option<Utf8PathBuf>,
+    recreated: bool,
+});
 
 /// The source of a domain's restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -244,6 +275,7 @@ pub enum DomainStep {
 
 /// Content of a drive with a removable medium.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Medium {
     /// The drive, by the hypervisor's name.
     pub drive: String,
@@ -256,8 +288,21 @@ pub struct Medium {
     pub writable: bool,
 }
 
+impl Medium {
+    /// Makes an empty drive.
+    pub fn new(drive: impl Into<String>, format: impl Into<String>) -> Self {
+        Self { drive: drive.into(), format: format.into(), file: None, writable: false }
+    }
+}
+
+setters!(Medium {
+    file: Option<String>,
+    writable: bool,
+});
+
 /// One layer of a chain, for a hypervisor to open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct OpenLayer {
     /// The layer's permanent address; a path is absolute. The hypervisor may open it again by this address
     /// at any time.
@@ -268,13 +313,28 @@ pub struct OpenLayer {
     pub format: String,
 }
 
+impl OpenLayer {
+    /// Makes a layer to open.
+    pub fn new(address: impl Into<DiskAddress>, format: impl Into<String>) -> Self {
+        Self { address: address.into(), format: format.into() }
+    }
+}
+
 /// The layers that the configured path of a disk opens.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OpenChain {
     /// The disk.
     pub target: Target,
     /// The active layer first, the base last.
     pub layers: Vec<OpenLayer>,
+}
+
+impl OpenChain {
+    /// Makes a chain.
+    pub fn new(target: Target, layers: Vec<OpenLayer>) -> Self {
+        Self { target, layers }
+    }
 }
 
 /// Work nested in a step: at the instant of a snapshot, at the pivot of a merge.
@@ -302,6 +362,7 @@ impl Inside for () {
 
 /// Context of a domain step.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct DomainContext<'a> {
     /// The domain, as recorded in the catalogue.
     pub domain: &'a Domain,
@@ -318,6 +379,22 @@ pub struct DomainContext<'a> {
     /// [`crate::ErrorKind::Cancelled`].
     pub cancel: &'a CancellationToken,
 }
+
+impl<'a> DomainContext<'a> {
+    /// Makes the context of a step with nothing nested in it.
+    pub fn new(
+        domain: &'a Domain,
+        chains: &'a [OpenChain],
+        progress: &'a dyn Progress,
+        cancel: &'a CancellationToken,
+    ) -> Self {
+        Self { domain, chains, progress, cancel, inside: &() }
+    }
+}
+
+setters!(<'a> DomainContext<'a> {
+    inside: &'a dyn Inside,
+});
 
 /// Effect of an operation on the guest of a domain, other than a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -379,6 +456,7 @@ impl StartedDomain {
 
 /// The outcome of a domain step.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct StepOutcome {
     /// Effect on the guest.
     pub guest: Option<GuestChange>,
@@ -398,8 +476,20 @@ pub struct StepOutcome {
     pub start: Vec<String>,
 }
 
+setters!(StepOutcome {
+    guest: Option<GuestChange>,
+    started: Option<StartedDomain>,
+    notes: Vec<String>,
+    taken: Option<Taken>,
+    memory_bytes: Option<u64>,
+    memory_full: Option<u64>,
+    downtime: Option<Duration>,
+    start: Vec<String>,
+});
+
 /// Details of the cut of a snapshot.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Taken {
     /// The instant.
     pub at: Timestamp,
@@ -411,8 +501,16 @@ pub struct Taken {
     pub method: String,
 }
 
+impl Taken {
+    /// Makes the details of a cut.
+    pub fn new(at: Timestamp, consistency: Consistency, running: bool, method: impl Into<String>) -> Self {
+        Self { at, consistency, running, method: method.into() }
+    }
+}
+
 /// A disk as the hypervisor reports it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct SeenDisk {
     /// The hypervisor's name for it, converted to a target.
     pub target: Target,
@@ -439,8 +537,31 @@ pub struct SeenDisk {
     pub no_internal: Option<String>,
 }
 
+impl SeenDisk {
+    /// Makes a disk that is part of snapshots, and that the guest cannot change.
+    pub fn new(target: Target, address: impl Into<DiskAddress>, format: impl Into<String>) -> Self {
+        Self {
+            target,
+            address: address.into(),
+            format: format.into(),
+            left_out: None,
+            guest_writes: false,
+            member: None,
+            no_internal: None,
+        }
+    }
+}
+
+setters!(SeenDisk {
+    left_out: Option<String>,
+    guest_writes: bool,
+    member: Option<Target>,
+    no_internal: Option<String>,
+});
+
 /// Description of a running domain by its hypervisor.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct DomainInfo {
     /// Its name, if the hypervisor knows one.
     pub name: Option<String>,
@@ -461,6 +582,15 @@ pub struct DomainInfo {
     pub config: Option<Utf8PathBuf>,
 }
 
+setters!(DomainInfo {
+    name: Option<String>,
+    summary: String,
+    memory_blockers: Vec<String>,
+    disks: Vec<SeenDisk>,
+    agent: Option<Utf8PathBuf>,
+    config: Option<Utf8PathBuf>,
+});
+
 impl DomainInfo {
     /// Describes a domain by its machine alone: everything else is unknown or empty.
     pub fn new(machine: serde_json::Value, running: bool) -> Self {
@@ -479,6 +609,7 @@ impl DomainInfo {
 
 /// A merge of layers of an open chain into one.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct AttachedMerge {
     /// The layers' files, by their permanent names, bottom first.
     pub run: Vec<Utf8PathBuf>,
@@ -490,6 +621,18 @@ pub struct AttachedMerge {
     /// it is the backing string of `into`.
     pub string: Option<String>,
 }
+
+impl AttachedMerge {
+    /// Makes a merge of layers that have no backing file, and no image above them.
+    pub fn new(run: Vec<Utf8PathBuf>, into: impl Into<Utf8PathBuf>) -> Self {
+        Self { run, into: into.into(), below: None, string: None }
+    }
+}
+
+setters!(AttachedMerge {
+    below: Option<Utf8PathBuf>,
+    string: Option<String>,
+});
 
 /// One disk of a running domain that its hypervisor has open.
 #[async_trait]
@@ -605,6 +748,7 @@ pub trait LiveDomain: Send + Sync {
 
 /// Input for starting a domain from a memory image.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct StartFromMemory<'a> {
     /// The domain.
     pub domain: &'a Domain,
@@ -618,13 +762,33 @@ pub struct StartFromMemory<'a> {
     pub power: Option<PowerAfter>,
 }
 
+impl<'a> StartFromMemory<'a> {
+    /// Makes the input for a start to the state at the instant, on any machine.
+    pub fn new(domain: &'a Domain, file: &'a Utf8Path, chains: &'a [OpenChain]) -> Self {
+        Self { domain, file, chains, machine: None, power: None }
+    }
+}
+
+setters!(<'a> StartFromMemory<'a> {
+    machine: Option<&'a serde_json::Value>,
+    power: Option<PowerAfter>,
+});
+
 /// An obstacle to an operation through a connection, with advice.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Obstacle {
     /// The reason.
     pub why: String,
     /// The advice.
     pub advice: String,
+}
+
+impl Obstacle {
+    /// Makes an obstacle.
+    pub fn new(why: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { why: why.into(), advice: advice.into() }
+    }
 }
 
 /// Properties of a hypervisor, on which plans and settings of its domains depend.

@@ -56,6 +56,10 @@
 
 #![forbid(unsafe_code)]
 
+// Before the modules that use its macro.
+#[macro_use]
+mod setters;
+
 mod address;
 pub mod backend;
 pub mod catalogue;

@@ -217,6 +217,7 @@ impl StepState {
 
 /// An operation, as recorded in the journal.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Operation {
     /// Its identity.
     pub id: OperationId,
@@ -231,6 +232,19 @@ pub struct Operation {
     /// Its errors, in the order in which they happened.
     pub errors: Vec<String>,
 }
+
+impl Operation {
+    /// Makes an operation that is planned, without states of steps.
+    pub fn new(id: OperationId, started: Timestamp, plan: Plan) -> Self {
+        Self { id, started, plan, state: OperationState::Planned, steps: Vec::new(), errors: Vec::new() }
+    }
+}
+
+setters!(Operation {
+    state: OperationState,
+    steps: Vec<StepState>,
+    errors: Vec<String>,
+});
 
 impl Operation {
     /// The step of this number.

@@ -26,6 +26,7 @@ use crate::step::{Edit, Group, Step};
 
 /// A whole operation on a domain. The planner makes it, the engine carries it out, `--dry-run` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Plan {
     /// Kind of the operation: "create", "revert", "delete", "tidy".
     pub operation: String,
@@ -47,6 +48,14 @@ pub struct Plan {
     pub notes: Vec<String>,
 }
 
+setters!(Plan {
+    prepare: Vec<PlanStep>,
+    cut: Vec<CutUnit>,
+    commit: Vec<Edit>,
+    finish: Vec<FinishUnit>,
+    notes: Vec<String>,
+});
+
 /// A step of a plan: an action on one disk, or on the whole domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "of", rename_all = "lowercase")]
@@ -59,11 +68,19 @@ pub enum PlanStep {
 
 /// An action of a hypervisor on the whole domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct HypervisorStep {
     /// The action.
     pub action: DomainStep,
     /// Description for people: "pause the guest and detach vda".
     pub summary: String,
+}
+
+impl HypervisorStep {
+    /// Makes a step.
+    pub fn new(action: DomainStep, summary: impl Into<String>) -> Self {
+        Self { action, summary: summary.into() }
+    }
 }
 
 /// A part of the cut that begins and is undone as one.
@@ -98,6 +115,7 @@ pub enum FinishUnit {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "FinishStep")]
 #[serde(bound(deserialize = "A: Deserialize<'de>"))]
+#[non_exhaustive]
 pub struct FinishStep<A = serde_json::Value> {
     /// The step.
     #[serde(flatten)]
@@ -115,9 +133,16 @@ pub struct FinishStep<A = serde_json::Value> {
     pub nested: Vec<NestedStep<A>>,
 }
 
+setters!(<A> FinishStep<A> {
+    edits: Vec<Edit>,
+    deferrable: bool,
+    nested: Vec<NestedStep<A>>,
+});
+
 /// A backend's step nested in one after the commit point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "NestedStep")]
+#[non_exhaustive]
 pub struct NestedStep<A = serde_json::Value> {
     /// The step.
     #[serde(flatten)]
@@ -126,6 +151,10 @@ pub struct NestedStep<A = serde_json::Value> {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub edits: Vec<Edit>,
 }
+
+setters!(<A> NestedStep<A> {
+    edits: Vec<Edit>,
+});
 
 /// A step at its place in a plan.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -92,6 +92,7 @@ impl Point {
 
 /// A point of one disk as a member of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct DiskPoint {
     /// The disk.
     pub target: Target,
@@ -105,6 +106,10 @@ pub struct DiskPoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<TagIdentity>,
 }
+
+setters!(DiskPoint {
+    identity: Option<TagIdentity>,
+});
 
 impl DiskPoint {
     /// Makes a point of a disk without an identity.
@@ -132,6 +137,7 @@ impl DiskPoint {
 
 /// Memory and devices as a member of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct MemoryPoint {
     /// The memory image, absolute.
     #[schemars(with = "String")]
@@ -145,8 +151,20 @@ pub struct MemoryPoint {
     pub running: bool,
 }
 
+impl MemoryPoint {
+    /// Makes the memory of a snapshot, in an image that is not compressed.
+    pub fn new(file: impl Into<Utf8PathBuf>, bytes: u64, running: bool) -> Self {
+        Self { file: file.into(), bytes, running, full: None }
+    }
+}
+
+setters!(MemoryPoint {
+    full: Option<u64>,
+});
+
 /// A disk of the domain that the user left out of the snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct SkippedDisk {
     /// The disk.
     pub target: Target,
@@ -154,8 +172,16 @@ pub struct SkippedDisk {
     pub image: String,
 }
 
+impl SkippedDisk {
+    /// Makes the record of a disk that is left out.
+    pub fn new(target: Target, image: impl Into<String>) -> Self {
+        Self { target, image: image.into() }
+    }
+}
+
 /// A snapshot of a domain: the points of its disks at one instant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// Its identity.
     pub id: SnapshotId,
@@ -185,6 +211,34 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedDisk>,
 }
+
+impl Snapshot {
+    /// Makes a snapshot of disks alone, with a new identity, no parent, and an unknown consistency.
+    pub fn new(name: SnapshotName, created: Timestamp, disks: Vec<DiskPoint>) -> Self {
+        Self {
+            name,
+            created,
+            disks,
+            id: SnapshotId::fresh(),
+            parent: None,
+            description: String::new(),
+            consistency: Consistency::Unknown,
+            memory: None,
+            machine: None,
+            skipped: Vec::new(),
+        }
+    }
+}
+
+setters!(Snapshot {
+    id: SnapshotId,
+    parent: Option<SnapshotId>,
+    description: String,
+    consistency: Consistency,
+    memory: Option<MemoryPoint>,
+    machine: Option<String>,
+    skipped: Vec<SkippedDisk>,
+});
 
 impl Snapshot {
     /// Explains why the snapshot has no point of the disk `target`.

@@ -9,6 +9,7 @@ use crate::name::{LayerName, Target};
 /// Identity of an internal snapshot, to distinguish it from another of the same name that another program
 /// made in its place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct TagIdentity {
     /// The ID in the image's snapshot table.
     pub id: String,
@@ -20,6 +21,13 @@ pub struct TagIdentity {
     pub vm_clock: u64,
 }
 
+impl TagIdentity {
+    /// Makes an identity.
+    pub fn new(id: impl Into<String>, seconds: u32, nanoseconds: u32, vm_clock: u64) -> Self {
+        Self { id: id.into(), seconds, nanoseconds, vm_clock }
+    }
+}
+
 impl std::fmt::Display for TagIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let taken = Timestamp::new(i64::from(self.seconds), i32::try_from(self.nanoseconds).unwrap_or(0));
@@ -29,6 +37,7 @@ impl std::fmt::Display for TagIdentity {
 
 /// An internal snapshot found in a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct InternalPoint {
     /// Its name in the image's snapshot table.
     pub tag: String,
@@ -44,8 +53,21 @@ pub struct InternalPoint {
     pub identity: Option<TagIdentity>,
 }
 
+impl InternalPoint {
+    /// Makes an internal snapshot without VM state and without an identity.
+    pub fn new(tag: impl Into<String>, virtual_size: u64, created: Timestamp) -> Self {
+        Self { tag: tag.into(), virtual_size, created, vm_state_size: 0, identity: None }
+    }
+}
+
+setters!(InternalPoint {
+    vm_state_size: u64,
+    identity: Option<TagIdentity>,
+});
+
 /// One image of a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Layer {
     /// Its permanent name.
     pub name: LayerName,
@@ -72,8 +94,41 @@ pub struct Layer {
     pub dependents: Vec<DiskAddress>,
 }
 
+impl Layer {
+    /// Makes a layer that has no file of its permanent name, no backing layer and no data, and that is not ours.
+    pub fn new(
+        name: LayerName,
+        address: impl Into<DiskAddress>,
+        format: impl Into<String>,
+        virtual_size: u64,
+    ) -> Self {
+        Self {
+            name,
+            address: address.into(),
+            format: format.into(),
+            virtual_size,
+            named: false,
+            backing: None,
+            owned: false,
+            allocated: 0,
+            internal: Vec::new(),
+            dependents: Vec::new(),
+        }
+    }
+}
+
+setters!(Layer {
+    named: bool,
+    backing: Option<LayerName>,
+    owned: bool,
+    allocated: u64,
+    internal: Vec<InternalPoint>,
+    dependents: Vec<DiskAddress>,
+});
+
 /// A disk's layers as they are on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct DiskState {
     /// The disk.
     pub target: Target,
@@ -95,14 +150,28 @@ pub struct DiskState {
     pub undetermined: Vec<Undetermined>,
 }
 
+setters!(DiskState {
+    attached: bool,
+    path_dependents: Vec<DiskAddress>,
+    undetermined: Vec<Undetermined>,
+});
+
 /// A file that may be backed by a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct Undetermined {
     /// The file.
     #[schemars(with = "String")]
     pub file: DiskAddress,
     /// The reason.
     pub why: String,
+}
+
+impl Undetermined {
+    /// Makes a file whose backing file is undetermined.
+    pub fn new(file: impl Into<DiskAddress>, why: impl Into<String>) -> Self {
+        Self { file: file.into(), why: why.into() }
+    }
 }
 
 impl DiskState {

@@ -27,6 +27,7 @@ pub enum Group {
 /// journal, and to the engine, the action is JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "Step")]
+#[non_exhaustive]
 pub struct Step<A = serde_json::Value> {
     /// The disk.
     pub target: Target,
@@ -37,6 +38,17 @@ pub struct Step<A = serde_json::Value> {
     /// Bytes of data that it will move, as far as known beforehand; 0 if it only changes metadata.
     pub bytes: u64,
 }
+
+impl<A> Step<A> {
+    /// Makes a step that only changes metadata.
+    pub fn new(target: Target, action: A, summary: impl Into<String>) -> Self {
+        Self { target, action, summary: summary.into(), bytes: 0 }
+    }
+}
+
+setters!(<A> Step<A> {
+    bytes: u64,
+});
 
 impl<A> Step<A> {
     /// Converts the step to another representation of its action.

@@ -149,7 +149,7 @@ async fn create_revert_and_delete_by_image_paths() {
     let details = service.show(&reference, &name("s1")).await.unwrap();
     assert!(details.current);
     assert_eq!(details.children, [name("nine")]);
-    assert_eq!(details.members[0].delete, Some(DeleteCost { frees: 512, moves: 100 }));
+    assert_eq!(details.members[0].delete, Some(DeleteCost::new(512, 100)));
     assert_eq!(service.check(&reference).await.unwrap(), Vec::new());
     let request = DeleteRequest::new(vec![name("s1"), name("nine")]);
     let outcome = service.delete(&reference, request, go()).await.unwrap();

@@ -141,12 +141,11 @@ pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
         let (Some(wanted), Some(has)) = (&before.medium, &after.medium) else { continue };
         let format = before.medium_format.as_deref();
         if wanted != has && can_be_put_back(wanted, format) {
-            media.push(Medium {
-                drive: before.target.clone(),
-                file: (!wanted.is_empty()).then(|| wanted.clone()),
-                format: format.unwrap_or_default().to_owned(),
-                writable: !wanted.is_empty() && !before.read_only,
-            });
+            media.push(
+                Medium::new(before.target.clone(), format.unwrap_or_default())
+                    .file((!wanted.is_empty()).then(|| wanted.clone()))
+                    .writable(!wanted.is_empty() && !before.read_only),
+            );
         }
     }
     media

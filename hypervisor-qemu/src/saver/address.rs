@@ -19,8 +19,8 @@ pub(super) fn read(control: Control, directory: &Utf8Path) -> Result<Control> {
     }
     let address = socket(directory, &control.address)?;
     let agent = control.agent.as_ref().map(|agent| socket(directory, agent.as_str())).transpose()?;
-    let memory_dir = control.memory_dir.map(|memory| directory.join(memory));
-    Ok(Control { address, agent: agent.map(Into::into), memory_dir, ..control })
+    let memory_dir = control.memory_dir.as_ref().map(|memory| directory.join(memory));
+    Ok(control.address(address).agent(agent.map(Into::into)).memory_dir(memory_dir))
 }
 
 fn socket(directory: &Utf8Path, text: &str) -> Result<String> {
@@ -70,7 +70,7 @@ mod tests {
 
     fn address(text: &str) -> Result<String> {
         let here = Utf8PathBuf::try_from(std::env::current_dir().expect("there is one")).expect("of UTF-8");
-        let control = read(Control { address: text.to_owned(), ..Control::default() }, &here)?;
+        let control = read(Control::default().address(text.to_owned()), &here)?;
         assert_eq!(read(control.clone(), "/elsewhere".into())?, control, "{text}");
         Ok(control.address)
     }

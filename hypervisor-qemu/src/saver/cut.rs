@@ -198,12 +198,7 @@ pub(super) async fn take(
     }
     facts.notes.extend(live.lost_options(overlaid(step)));
     facts.notes.extend(bitmaps);
-    facts.taken = Some(Taken {
-        at: taken.done,
-        consistency,
-        running: ran,
-        method: method_name(taken.method).to_owned(),
-    });
+    facts.taken = Some(Taken::new(taken.done, consistency, ran, method_name(taken.method)));
     Ok(facts)
 }
 
@@ -280,7 +275,7 @@ async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>)
                 let overlay = match overlays.iter().position(|overlay| overlay.address == *address) {
                     Some(place) => overlays.swap_remove(place).node,
                     None => {
-                        let file = OpenLayer { address: address.clone(), format: format.clone() };
+                        let file = OpenLayer::new(address.clone(), format.clone());
                         let overlay = layer(&file, Name::node(), disk.like(&root.node));
                         graph::add_overlay(&live.machine, &overlay).await.map_err(to_engine)?;
                         overlay.name
@@ -488,7 +483,7 @@ pub(super) async fn save_memory(
         });
         return match whole.await {
             Ok((found, length, full)) if found == tag => {
-                Ok(StepOutcome { memory_bytes: Some(length), memory_full: full, ..StepOutcome::default() })
+                Ok(StepOutcome::default().memory_bytes(Some(length)).memory_full(full))
             }
             _ => {
                 let detail = "the memory of the snapshot is lost: the process that wrote it has ended";
@@ -521,7 +516,7 @@ pub(super) async fn save_memory(
     };
     let length = blocking(move || draft.seal(&tag, &metadata)?.length()).await?;
     tracing::debug!(elapsed = ?begun.elapsed(), length, "memory is saved");
-    Ok(StepOutcome { memory_bytes: Some(length), ..facts })
+    Ok(facts.memory_bytes(Some(length)))
 }
 
 /// Time between two polls of the compression's progress.

@@ -42,16 +42,12 @@ pub(super) async fn describe(
         discovery.memory.base.saturating_add(discovery.memory.plugged) >> 20,
         disks.len(),
     );
-    Ok(DomainInfo {
-        name: discovery.name.clone(),
-        running: discovery.state.running,
-        machine: record(discovery),
-        summary,
-        memory_blockers: memory_blockers(machine).await?,
-        disks,
-        agent: agent(machine, discovery, view).await?,
-        config: None,
-    })
+    Ok(DomainInfo::new(record(discovery), discovery.state.running)
+        .name(discovery.name.clone())
+        .summary(summary)
+        .memory_blockers(memory_blockers(machine).await?)
+        .disks(disks)
+        .agent(agent(machine, discovery, view).await?))
 }
 
 fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk> {
@@ -76,37 +72,30 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
             Some(driver) => driver,
             None => "",
         };
-        disks.push(SeenDisk {
-            target,
-            address: file.unwrap_or_else(shown).into(),
-            format: format.to_owned(),
-            left_out,
-            guest_writes: drive.guest_writes(),
-            member: None,
-            no_internal: image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(
-                |filter| {
-                    format!(
-                        "QEMU takes no internal snapshot through its {} filter {}",
-                        filter.driver, filter.name
-                    )
-                },
-            ),
-        });
+        disks.push(
+            SeenDisk::new(target, file.unwrap_or_else(shown), format)
+                .left_out(left_out)
+                .guest_writes(drive.guest_writes())
+                .no_internal(image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(
+                    |filter| {
+                        format!(
+                            "QEMU takes no internal snapshot through its {} filter {}",
+                            filter.driver, filter.name
+                        )
+                    },
+                )),
+        );
     }
     // Devices whose disk another process serves: QEMU's block layer has no node of it.
     for device in &discovery.devices {
         let Some(server) = served_elsewhere(&device.kind) else { continue };
         let name = target_name(device.path.rsplit('/').next().unwrap_or(&device.path));
         let Ok(target) = Target::new(name) else { continue };
-        disks.push(SeenDisk {
-            target,
-            address: device.kind.as_str().into(),
-            format: String::new(),
-            left_out: Some(format!("its disk is served by {server}, not by QEMU")),
-            guest_writes: true,
-            member: None,
-            no_internal: None,
-        });
+        disks.push(
+            SeenDisk::new(target, device.kind.as_str(), String::new())
+                .left_out(Some(format!("its disk is served by {server}, not by QEMU")))
+                .guest_writes(true),
+        );
     }
     disks
 }

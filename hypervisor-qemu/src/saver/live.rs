@@ -313,7 +313,7 @@ pub(super) async fn set_clock(machine: &Machine, agent: Option<&Agent>) -> Optio
 
 fn needs_a_unix_socket(why: String) -> Obstacle {
     let advice = "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off) and use that".to_owned();
-    Obstacle { why, advice }
+    Obstacle::new(why, advice)
 }
 
 #[async_trait]
@@ -454,7 +454,7 @@ impl LiveDomain for QemuDomain {
             DomainStep::Detach { disks, .. } => {
                 let notes = self.lost_bitmaps(disks.iter()).await?;
                 section::open(self, disks).await?;
-                return Ok(StepOutcome { notes, ..StepOutcome::default() });
+                return Ok(StepOutcome::default().notes(notes));
             }
             DomainStep::Attach { disks, restart } => {
                 section::attach(self, disks, context.chains).await?;
@@ -462,7 +462,7 @@ impl LiveDomain for QemuDomain {
                 if restart.is_some() {
                     notes.extend(self.copies_left_behind(disks.iter()).await?);
                 }
-                return Ok(StepOutcome { notes, ..StepOutcome::default() });
+                return Ok(StepOutcome::default().notes(notes));
             }
             DomainStep::Media { media } => {
                 media::put_back(&self.machine, media).await?;

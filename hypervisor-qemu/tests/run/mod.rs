@@ -108,7 +108,7 @@ pub fn utf8(path: &Path) -> Utf8PathBuf {
 /// Makes an image from a file name that ends in its format.
 pub fn image(file: &Path) -> OpenLayer {
     let format = file.extension().expect("a layer's name ends in its format").to_string_lossy().into_owned();
-    OpenLayer { address: utf8(file).into(), format }
+    OpenLayer::new(utf8(file), format)
 }
 
 pub struct Run {
@@ -134,30 +134,12 @@ impl Run {
             let layer = dir.join(format!("{target}.ds-0.{format}"));
             fs::hard_link(&path, &layer)?;
             let target = Target::new(target)?;
-            disks.push(DiskRecord {
-                disk: Disk::new(target.clone(), utf8(&path), format),
-                active: LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned()),
-                owned: Vec::new(),
-            });
+            disks.push(DiskRecord::new(Disk::new(target.clone(), utf8(&path), format), LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned())));
             layers.push(vec![layer]);
             targets.push(target);
         }
-        let control = Control {
-            address: guest.qmp_socket().display().to_string(),
-            agent: Some(utf8(guest.agent_socket())),
-            ..Control::default()
-        };
-        let domain = Domain {
-            name: DomainName::new("guest")?,
-            unregistered: false,
-            hypervisor: hypervisor_qemu::NAME,
-            host: None,
-            control: Some(control),
-            active_path: ActivePath::Keep,
-            disks,
-            current: None,
-            machines: Vec::new(),
-        };
+        let control = Control::default().address(guest.qmp_socket().display().to_string()).agent(Some(utf8(guest.agent_socket())));
+        let domain = Domain::new(DomainName::new("guest")?, disks).hypervisor(hypervisor_qemu::NAME).control(Some(control));
         let mut run = Self { guest, dir, saver: Qemu::new(), domain, targets, layers, made: 0, live: None };
         run.reconnect().await?;
         Ok(run)
@@ -187,10 +169,7 @@ impl Run {
                 .iter()
                 .position(|layer| identity(layer).ok() == named)
                 .expect("the path names a layer");
-            OpenChain {
-                target: target.clone(),
-                layers: layers[from..].iter().map(|layer| image(layer)).collect(),
-            }
+            OpenChain::new(target.clone(), layers[from..].iter().map(|layer| image(layer)).collect())
         };
         chains.map(chain).collect()
     }
@@ -240,11 +219,7 @@ impl Run {
         DomainStep::Instant {
             disks,
             running: true,
-            memory: memory.map(|name| MemoryPlan {
-                file: utf8(&self.dir.join(name)),
-                live: true,
-                budget_ms: u64::try_from(kit::BUDGET.as_millis()).expect("small"),
-            }),
+            memory: memory.map(|name| MemoryPlan::new(utf8(&self.dir.join(name)), true, u64::try_from(kit::BUDGET.as_millis()).expect("small"))),
             quiesce: Quiesce::No,
             quiesce_limit_ms: 10_000,
             then: None,
@@ -306,13 +281,7 @@ impl Run {
     ) -> snapcore::Result<T> {
         let chains = self.chains();
         let cancel = CancellationToken::new();
-        let context = DomainContext {
-            domain: &self.domain,
-            chains: &chains,
-            inside,
-            progress: &Quiet,
-            cancel: &cancel,
-        };
+        let context = DomainContext::new(&self.domain, &chains, &Quiet, &cancel).inside(inside);
         let live = self.live.clone().expect("it is connected");
         work(&*live, context).await
     }

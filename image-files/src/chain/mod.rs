@@ -170,7 +170,7 @@ impl Planner<'_> {
             && let Some(FinishStep { step, edits, .. }) = self.plan.finish.pop()
             && let Some(merge) = self.plan.finish.last_mut()
         {
-            merge.nested.push(NestedStep { step, edits });
+            merge.nested.push(NestedStep::new(step).edits(edits));
         }
     }
 
@@ -225,7 +225,7 @@ impl Planner<'_> {
     }
 
     fn step(&self, action: ChainStep, summary: &str, bytes: u64) -> Step<ChainStep> {
-        Step { target: self.target.clone(), action, summary: summary.to_owned(), bytes }
+        Step::new(self.target.clone(), action, summary).bytes(bytes)
     }
 
     /// Attaches an edit to the finish step that makes it true: the last one planned.

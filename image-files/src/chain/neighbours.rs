@@ -94,11 +94,11 @@ pub(super) fn is_tidying(request: &DiskRequest) -> bool {
 }
 
 fn nothing_merged(error: &Error) -> DiskPlan<ChainStep> {
-    DiskPlan { notes: vec![format!("nothing was merged: {error}")], ..DiskPlan::default() }
+    DiskPlan::default().notes(vec![format!("nothing was merged: {error}")])
 }
 
 fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
-    let Undetermined { file, why } = state.undetermined.first()?;
+    let Undetermined { file, why, .. } = state.undetermined.first()?;
     let more = match state.undetermined.len() {
         1 => String::new(),
         n => format!(" (and {} more such files)", n - 1),

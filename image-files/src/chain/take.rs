@@ -24,7 +24,7 @@ impl Planner<'_> {
                 match self.is_attached() {
                     true => {
                         let take = DiskInstant::Internal { tag: name.as_str().to_owned() };
-                        self.plan.instant = Some(InstantPlan { take, nested: Vec::new() });
+                        self.plan.instant = Some(InstantPlan::new(take, Vec::new()));
                     }
                     false => self.take_internal(Group::Cut, &active, name.as_str()),
                 }
@@ -45,7 +45,7 @@ impl Planner<'_> {
                     };
                     // The path moves while the guest is paused, before it writes to the overlay.
                     let nested = std::mem::take(&mut self.plan.cut);
-                    self.plan.instant = Some(InstantPlan { take, nested });
+                    self.plan.instant = Some(InstantPlan::new(take, nested));
                 }
                 self.plan.point = Some(Point::external(active));
             }
@@ -122,18 +122,9 @@ impl Planner<'_> {
         let step = ChainStep::Materialise { from: holder.name.clone(), tag: found, layer: new.clone() };
         self.push(Group::Prepare, step, &format!("copy {tag} out of {} into {new}", holder.name), bytes);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
-        self.layers.push(Layer {
-            name: new.clone(),
-            address: layer_path(self.record.disk.path(), &new).into(),
-            format: self.record.disk.format.clone(),
-            named: true,
-            virtual_size: size,
-            owned: true,
-            allocated: bytes,
-            internal: Vec::new(),
-            dependents: Vec::new(),
-            ..holder
-        });
+        let path = layer_path(self.record.disk.path(), &new);
+        let copied = Layer::new(new.clone(), path, self.record.disk.format.as_str(), size);
+        self.layers.push(copied.named(true).owned(true).backing(holder.backing).allocated(bytes));
         self.leave(&new, save, keep);
         Ok(())
     }
@@ -198,18 +189,17 @@ impl Planner<'_> {
         };
         self.push(Group::Prepare, step, &format!("create overlay {new} (backing file {on})"), 0);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
-        self.layers.push(Layer {
-            address: layer_path(self.record.disk.path(), new).into(),
-            name: new.clone(),
-            format: self.record.disk.format.clone(),
-            named: true,
-            backing: Some(on.clone()),
-            owned: true,
-            virtual_size: base.virtual_size,
-            allocated: 0,
-            internal: Vec::new(),
-            dependents: Vec::new(),
-        });
+        self.layers.push(
+            Layer::new(
+                new.clone(),
+                layer_path(self.record.disk.path(), new),
+                self.record.disk.format.clone(),
+                base.virtual_size,
+            )
+            .named(true)
+            .backing(Some(on.clone()))
+            .owned(true),
+        );
         Ok(())
     }
 }

@@ -168,26 +168,14 @@ pub(super) const CASES: [TestCase; 6] = [
                 }
                 let _held = backend.lock(&record, None).await?;
                 let cancel = CancellationToken::new();
-                let context = StepContext {
-                    disk: &record,
-                    progress: &Silent,
-                    cancel: &cancel,
-                    attached: None,
-                    inside: &(),
-                    resumed: false,
-                };
+                let context = StepContext::new(&record, &Silent, &cancel);
                 let junk = [
                     serde_json::json!(null),
                     serde_json::json!({"do": "an unknown step"}),
                     serde_json::json!([1, 2]),
                 ];
                 for action in junk {
-                    let step = snapcore::Step {
-                        target: record.disk.target.clone(),
-                        action,
-                        summary: "junk".into(),
-                        bytes: 0,
-                    };
+                    let step = snapcore::Step::new(record.disk.target.clone(), action, "junk");
                     let said = [
                         backend.apply(&step, context).await.err(),
                         backend.undo(&step, context).await.err(),

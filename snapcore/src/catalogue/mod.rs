@@ -65,6 +65,7 @@ impl std::fmt::Display for CatalogueId {
 
 /// Origin and age of a record of a domain. Manifests are marked with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stamp {
     /// The catalogue; absent in manifests from before catalogues had identities.
     pub catalogue: Option<CatalogueId>,
@@ -72,8 +73,16 @@ pub struct Stamp {
     pub revision: Revision,
 }
 
+impl Stamp {
+    /// Makes a stamp.
+    pub fn new(catalogue: Option<CatalogueId>, revision: Revision) -> Self {
+        Self { catalogue, revision }
+    }
+}
+
 /// A domain, its snapshots, and the revision at which they were read.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Entry {
     /// The domain.
     pub domain: Domain,
@@ -86,8 +95,20 @@ pub struct Entry {
     pub follows: Option<Stamp>,
 }
 
+impl Entry {
+    /// Makes an entry that follows no manifests.
+    pub fn new(domain: Domain, tree: SnapshotTree, revision: Revision) -> Self {
+        Self { domain, tree, revision, follows: None }
+    }
+}
+
+setters!(Entry {
+    follows: Option<Stamp>,
+});
+
 /// A domain in the list of all.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EntrySummary {
     /// The domain.
     pub domain: Domain,
@@ -98,6 +119,18 @@ pub struct EntrySummary {
     /// Files outside its own layers that backed its images when it was last recorded; absent: not recorded.
     pub bases: Option<Vec<DiskAddress>>,
 }
+
+impl EntrySummary {
+    /// Makes the summary of a domain whose operations have ended.
+    pub fn new(domain: Domain, snapshots: u64) -> Self {
+        Self { domain, snapshots, unfinished: false, bases: None }
+    }
+}
+
+setters!(EntrySummary {
+    unfinished: bool,
+    bases: Option<Vec<DiskAddress>>,
+});
 
 /// One change of a transaction.
 #[derive(Debug, Clone, PartialEq)]

@@ -13,6 +13,7 @@ use crate::step::{Edit, Group, Step};
 
 /// A step as a journal stores it. Its number is the number of the row.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct StepRow {
     /// The part of the plan.
     pub group: Group,
@@ -31,6 +32,30 @@ pub struct StepRow {
     /// True if it can be deferred.
     pub deferrable: bool,
 }
+
+impl StepRow {
+    /// Makes the row of a step of the domain.
+    pub fn new(group: Group, action: Value, summary: impl Into<String>) -> Self {
+        Self {
+            group,
+            action,
+            summary: summary.into(),
+            nested: false,
+            target: None,
+            bytes: 0,
+            edits: Vec::new(),
+            deferrable: false,
+        }
+    }
+}
+
+setters!(StepRow {
+    nested: bool,
+    target: Option<Target>,
+    bytes: u64,
+    edits: Vec<Edit>,
+    deferrable: bool,
+});
 
 impl Plan {
     /// The rows of all steps.

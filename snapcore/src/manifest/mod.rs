@@ -105,6 +105,7 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
 
 /// The content of a domain's manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
 pub struct DomainManifest {
     /// The catalogue that wrote it; absent where an older domsnap did, whose catalogues had no identity.
     #[serde(default)]
@@ -159,6 +160,7 @@ pub enum Item {
 
 /// A manifest that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Problem {
     /// The manifest; absent where all of them are refused together.
     pub item: Option<Item>,
@@ -168,8 +170,20 @@ pub struct Problem {
     pub why: String,
 }
 
+impl Problem {
+    /// Makes a problem of all manifests.
+    pub fn new(place: impl Into<String>, why: impl Into<String>) -> Self {
+        Self { place: place.into(), why: why.into(), item: None }
+    }
+}
+
+setters!(Problem {
+    item: Option<Item>,
+});
+
 /// All manifests of a domain.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Found {
     /// The domain; absent where there is no sound manifest of it.
     pub domain: Option<DomainManifest>,
@@ -180,6 +194,13 @@ pub struct Found {
     /// Manifests that were refused.
     pub problems: Vec<Problem>,
 }
+
+setters!(Found {
+    domain: Option<DomainManifest>,
+    snapshots: Vec<Snapshot>,
+    written: HashMap<SnapshotId, Stamp>,
+    problems: Vec<Problem>,
+});
 
 impl Found {
     /// Returns true if `catalogue`, which is at `revision` now, wrote the manifest of `snapshot`.

@@ -103,7 +103,7 @@ fn apply(name: &DomainName, records: &mut Option<Records>, change: Change) -> Re
         match records {
             Some(Records { entry, .. }) => (entry.domain, entry.tree) = (*domain, tree),
             None => {
-                let entry = Entry { domain: *domain, tree, revision: Revision::ABSENT, follows: None };
+                let entry = Entry::new(*domain, tree, Revision::ABSENT);
                 *records = Some(Records { entry, bases: None, operations: Vec::new() });
             }
         }
@@ -166,12 +166,7 @@ impl Catalogue for FakeCatalogue {
 
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         let store = self.store();
-        let summary = |records: &Records| EntrySummary {
-            domain: records.entry.domain.clone(),
-            snapshots: records.entry.tree.len() as u64,
-            unfinished: records.operations.iter().any(|operation| !operation.state.is_final()),
-            bases: records.bases.clone(),
-        };
+        let summary = |records: &Records| EntrySummary::new(records.entry.domain.clone(), records.entry.tree.len() as u64).unfinished(records.operations.iter().any(|operation| !operation.state.is_final())).bases(records.bases.clone());
         Ok(store.domains.values().map(summary).collect())
     }
 

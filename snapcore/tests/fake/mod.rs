@@ -189,7 +189,7 @@ fn key(disk: &Disk) -> Utf8PathBuf {
 }
 
 fn step(disk: &Disk, action: Action, bytes: u64) -> Step<Action> {
-    Step { target: disk.target.clone(), summary: format!("{action:?}"), action, bytes }
+    Step::new(disk.target.clone(), action, format!("{action:?}")).bytes(bytes)
 }
 
 #[async_trait]
@@ -237,7 +237,7 @@ impl DiskSnapshotter for FakeBackend {
 
     async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
         self.disk(&key(disk))?;
-        Ok(DiskRecord { disk: disk.clone(), active: layer_of(disk), owned: vec![layer_of(disk)] })
+        Ok(DiskRecord::new(disk.clone(), layer_of(disk)).owned(vec![layer_of(disk)]))
     }
 
     async fn inspect(
@@ -247,25 +247,8 @@ impl DiskSnapshotter for FakeBackend {
         _: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
         let disk = self.disk(&key(&record.disk))?;
-        let internal = disk.tags.keys().map(|tag| InternalPoint {
-            tag: tag.clone(),
-            virtual_size: 4096,
-            created: Timestamp::UNIX_EPOCH,
-            vm_state_size: 0,
-            identity: None,
-        });
-        let layer = Layer {
-            name: record.active.clone(),
-            address: record.disk.address.clone(),
-            format: "fake".to_owned(),
-            named: false,
-            backing: None,
-            owned: true,
-            virtual_size: 4096,
-            allocated: 512,
-            internal: internal.collect(),
-            dependents: Vec::new(),
-        };
+        let internal = disk.tags.keys().map(|tag| InternalPoint::new(tag.clone(), 4096, Timestamp::UNIX_EPOCH));
+        let layer = Layer::new(record.active.clone(), record.disk.address.clone(), "fake", 4096).owned(true).allocated(512).internal(internal.collect());
         Ok(DiskState::new(record.disk.target.clone(), record.active.clone(), vec![layer]))
     }
 
@@ -275,22 +258,11 @@ impl DiskSnapshotter for FakeBackend {
         let unknown = disk.tags.keys().filter(|tag| !known.iter().any(|p| p.tag.as_ref() == Some(tag)));
         let found = unknown.map(|tag| {
             let id = SnapshotId::fresh();
-            Snapshot {
-                id,
-                name: SnapshotName::new(tag.clone()).unwrap(),
-                parent: parent.replace(id),
-                created: Timestamp::UNIX_EPOCH,
-                description: String::new(),
-                consistency: Consistency::Unknown,
-                disks: vec![DiskPoint::new(
+            Snapshot::new(SnapshotName::new(tag.clone()).unwrap(), Timestamp::UNIX_EPOCH, vec![DiskPoint::new(
                     record.disk.target.clone(),
                     Point::internal(record.active.clone(), tag.clone()),
                     4096,
-                )],
-                memory: None,
-                machine: None,
-                skipped: Vec::new(),
-            }
+                )]).id(id).parent(parent.replace(id))
         });
         Ok(found.collect())
     }
@@ -328,7 +300,7 @@ impl DiskSnapshotter for FakeBackend {
                 let kept = |tag: &String| keep.iter().any(|point| point.tag.as_ref() == Some(tag));
                 for name in there.tags.into_keys().filter(|tag| !kept(tag)) {
                     let drop = FinishStep::new(step(disk, Action::Drop { name }, 100));
-                    plan.finish.push(FinishStep { deferrable: true, ..drop });
+                    plan.finish.push(drop.deferrable(true));
                 }
             }
             #[allow(unreachable_patterns, reason = "outside of the crate there may be more requests")]
@@ -342,7 +314,7 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<OpenLayer>> {
-        Ok(vec![OpenLayer { address: record.disk.address.clone(), format: "fake".to_owned() }])
+        Ok(vec![OpenLayer::new(record.disk.address.clone(), "fake")])
     }
 
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
@@ -422,7 +394,7 @@ impl DiskSnapshotter for FakeBackend {
         drop: &[Point],
         _: &[Point],
     ) -> Result<DeleteCost> {
-        Ok(DeleteCost { frees: 512 * drop.len() as u64, moves: 100 * drop.len() as u64 })
+        Ok(DeleteCost::new(512 * drop.len() as u64, 100 * drop.len() as u64))
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {

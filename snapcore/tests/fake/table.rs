@@ -82,7 +82,7 @@ impl ManifestStore for RowManifests {
 
     fn read(&self) -> Result<Found> {
         let row = self.row();
-        let mut found = Found { domain: row.domain, ..Found::default() };
+        let mut found = Found::default().domain(row.domain);
         for (id, (stamp, snapshot)) in row.snapshots {
             found.written.insert(id, stamp);
             found.snapshots.push(snapshot);
@@ -91,7 +91,7 @@ impl ManifestStore for RowManifests {
     }
 
     fn write(&self, catalogue: CatalogueId, _: Option<&Entry>, after: &Entry) -> Result<()> {
-        let stamp = Stamp { catalogue: Some(catalogue), revision: after.revision };
+        let stamp = Stamp::new(Some(catalogue), after.revision);
         self.change(|row| {
             // Manifests that another catalogue wrote stay.
             row.snapshots.retain(|_, (wrote, _)| wrote.catalogue != Some(catalogue));
