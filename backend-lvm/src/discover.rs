@@ -3,7 +3,7 @@
 
 use jiff::Timestamp;
 use snapcore::backend::FreeNames;
-use snapcore::{Consistency, DiskPoint, DiskRecord, Point, Snapshot, SnapshotId};
+use snapcore::{DiskPoint, DiskRecord, Point, Snapshot};
 
 use crate::names::Volume;
 use crate::report::{Row, VolumeGroup, VolumeKind, sort_points};

@@ -15,8 +15,8 @@ use snapcore::backend::{
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, Consistency, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, LayerName, Point,
-    PointKind, Result, Snapshot, SnapshotId, Step,
+    ActivePath, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind,
+    Result, Snapshot, Step,
 };
 use tokio_util::sync::CancellationToken;
 

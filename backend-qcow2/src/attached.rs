@@ -50,7 +50,9 @@ pub(crate) async fn apply(
             }
             let is_top = run.last() == Some(into);
             let named = if is_top { below.as_ref() } else { Some(into) };
-            let merge = AttachedMerge::new(files, file(into)?).below(below.as_ref().map(file).transpose()?).string(named.map(|layer| backing_string(path, layer)));
+            let merge = AttachedMerge::new(files, file(into)?)
+                .below(below.as_ref().map(file).transpose()?)
+                .string(named.map(|layer| backing_string(path, layer)));
             names::require_own_names(&merge.into, path)?;
             let top = run.last().filter(|top| **top == context.disk.active && !is_top);
             match top.map(|top| layer_path(path, top)) {

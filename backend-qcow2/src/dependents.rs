@@ -151,7 +151,7 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
                 None if certain => {}
                 None => continue,
             }
-            found.push(Base::new((&image), file));
+            found.push(Base::new(&image, file));
         }
     }
     Ok(found)

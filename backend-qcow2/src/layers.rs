@@ -74,6 +74,14 @@ fn stated(child: &Utf8Path, backing: &Backing) -> Result<(Utf8PathBuf, String)> 
 
 /// The internal snapshots of an open image.
 pub(crate) fn internal_points(image: &Image) -> Result<Vec<InternalPoint>> {
-    let points = image.snapshots()?.iter().map(|snapshot| InternalPoint::new(snapshot.name().into_owned(), snapshot.disk_size, Timestamp::new(i64::from(snapshot.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH)).vm_state_size(snapshot.vm_state_size).identity(Some(identity_of(snapshot))));
+    let points = image.snapshots()?.iter().map(|snapshot| {
+        InternalPoint::new(
+            snapshot.name().into_owned(),
+            snapshot.disk_size,
+            Timestamp::new(i64::from(snapshot.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
+        )
+        .vm_state_size(snapshot.vm_state_size)
+        .identity(Some(identity_of(snapshot)))
+    });
     Ok(points.collect())
 }

@@ -8,7 +8,12 @@ use crate::image::{self, Image, OpenOptions};
 use crate::layers::file_of;
 
 pub(crate) fn identity_of(snapshot: &image::Snapshot) -> TagIdentity {
-    TagIdentity::new(snapshot.id().into_owned(), snapshot.date_seconds, snapshot.date_nanoseconds, snapshot.vm_clock_ns)
+    TagIdentity::new(
+        snapshot.id().into_owned(),
+        snapshot.date_seconds,
+        snapshot.date_nanoseconds,
+        snapshot.vm_clock_ns,
+    )
 }
 
 /// Returns the identity of the internal snapshot `tag` of `layer`, to distinguish it from others of its name;

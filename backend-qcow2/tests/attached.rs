@@ -390,11 +390,16 @@ async fn hypervisor_merges_open_layers_by_lasting_names() {
     let before: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
 
     fixture.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
-    let expected = AttachedMerge::new(vec![files[1].clone(), files[2].clone()], files[1].clone()).below(Some(files[0].clone())).string(Some(layers[1].to_string()));
+    let run = vec![files[1].clone(), files[2].clone()];
+    let into = |file: &Utf8PathBuf, string: &LayerName| {
+        let merge = AttachedMerge::new(run.clone(), file).below(Some(files[0].clone()));
+        merge.string(Some(string.to_string()))
+    };
+    let expected = into(&files[1], &layers[1]);
     assert_eq!(fixture.qemu.the_merge(), expected, "the image above depends on what received the data");
 
     fixture.apply(merge(&[1, 2], 2, Some(0))).await.unwrap();
-    let expected = AttachedMerge { into: files[2].clone(), string: Some(layers[0].to_string()), ..expected };
+    let expected = into(&files[2], &layers[0]);
     assert_eq!(fixture.qemu.the_merge(), expected, "the uppermost depends on what lies below the run");
 
     fixture.apply(merge(&[0, 1, 2], 2, None)).await.unwrap();

@@ -53,10 +53,17 @@ impl Fixture {
             let disk = Disk::new(Target::new(target).unwrap(), path, "qcow2");
             disks.push(DiskRecord::new(disk, active.clone()).owned(vec![frozen, active]));
         }
-        let snapshot = |name: &str, point: fn(&DiskRecord) -> Point| Snapshot::new(SnapshotName::new(name).unwrap(), jiff::Timestamp::UNIX_EPOCH, disks
-                .iter()
-                .map(|record| DiskPoint::new(record.disk.target.clone(), point(record), 1 << 20))
-                .collect()).consistency(Consistency::Clean);
+        let snapshot = |name: &str, point: fn(&DiskRecord) -> Point| {
+            Snapshot::new(
+                SnapshotName::new(name).unwrap(),
+                jiff::Timestamp::UNIX_EPOCH,
+                disks
+                    .iter()
+                    .map(|record| DiskPoint::new(record.disk.target.clone(), point(record), 1 << 20))
+                    .collect(),
+            )
+            .consistency(Consistency::Clean)
+        };
         let mut first = snapshot("s1", |record| Point::external(record.owned[0].clone()));
         first.memory = Some(MemoryPoint::new(root.join("m"), 1, true));
         let tree = SnapshotTree::new(vec![
@@ -64,7 +71,9 @@ impl Fixture {
             snapshot("tag", |record| Point::internal(record.owned[0].clone(), "tag")),
             snapshot("active", |record| Point::internal(record.owned[1].clone(), "active")),
         ]);
-        let domain = Domain::new(DomainName::new("web").unwrap(), disks).hypervisor(Hypervisor::new("fake").unwrap()).control(Some(Control::default().address("web".to_owned())));
+        let domain = Domain::new(DomainName::new("web").unwrap(), disks)
+            .hypervisor(Hypervisor::new("fake").unwrap())
+            .control(Some(Control::at("web")));
         Self { _directory: directory, domain, tree }
     }
 

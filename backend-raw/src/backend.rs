@@ -88,7 +88,7 @@ impl DiskSnapshotter for Raw {
         blocking(move || {
             layers::check_path(&disk)?;
             let active = layers::active_name(&disk);
-            Ok(DiskRecord::new(disk, active).owned(vec![active.clone()]))
+            Ok(DiskRecord::new(disk, active.clone()).owned(vec![active]))
         })
         .await
     }

@@ -91,8 +91,11 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) 
 }
 
 fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer> {
-    let about = std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-    Ok(Layer::new(name, file, "raw", size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?).owned(record.owned.contains(&name)).named(true).allocated(about.blocks() * 512))
+    let failed = |error| io_error(error, format!("cannot look at {file}"));
+    let about = std::fs::metadata(file).map_err(failed)?;
+    let size = size_at(file).map_err(failed)?;
+    let owned = record.owned.contains(&name);
+    Ok(Layer::new(name, file, "raw", size).owned(owned).named(true).allocated(about.blocks() * 512))
 }
 
 /// Lists the files beside the disk that are named like its points and are not in the catalogue.

@@ -21,7 +21,7 @@ impl TestMachine for Running {
     }
 
     fn control(&self) -> Control {
-        Control::default().address(self.guest.qmp_socket().display().to_string())
+        Control::at(self.guest.qmp_socket().display().to_string())
     }
 
     fn disks(&self) -> Vec<(Target, Utf8PathBuf, String)> {

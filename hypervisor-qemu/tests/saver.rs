@@ -402,7 +402,8 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         run.sound().await?;
 
         // Down from the active image. First the path cannot be moved, then a crash comes before the move.
-        let pivot = AttachedMerge::new(vec![file(4), file(5)], file(4)).below(Some(file(1))).string(string(4));
+        let pivot =
+            AttachedMerge::new(vec![file(4), file(5)], file(4)).below(Some(file(1))).string(string(4));
         let before = run.paths();
         let error = run.merge(&pivot, &run::Fails).await.expect_err("it fails");
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
@@ -467,7 +468,8 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
             }
             run.saver.check_memory(&memory, &run::Quiet).await?;
             let chains = run.chains();
-            let start = StartFromMemory::new(&run.domain, &memory, &chains).machine(Some(&machine)).power(power);
+            let start =
+                StartFromMemory::new(&run.domain, &memory, &chains).machine(Some(&machine)).power(power);
             let facts = run.saver.start(start).await?;
             assert_eq!(facts.start, Vec::<String>::new(), "{:?}", facts.notes);
             run.reconnect().await?;
@@ -495,8 +497,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         assert!(
             facts.start.iter().any(|word| word == "-incoming") && facts.notes[0].contains("user 4000000")
         );
-        let start =
-            StartFromMemory::new(&run.domain, &memory, &[]);
+        let start = StartFromMemory::new(&run.domain, &memory, &[]);
         let facts = run.saver.start(start).await?;
         assert!(facts.start.is_empty() && facts.notes[0].contains("is not known"), "{facts:?}");
         // QEMU's refusal is an error.
@@ -701,7 +702,7 @@ async fn running_domain_is_described_and_found() -> Result<()> {
         live.differences(&serde_json::json!({ "machine": 3 })).expect_err("no record").kind(),
         ErrorKind::Corrupt
     );
-    let unserved = Control::default().address(run.dir.join("unserved").display().to_string());
+    let unserved = Control::at(run.dir.join("unserved").display().to_string());
     assert_eq!(run.saver.look(&unserved).await.expect_err("no server").kind(), ErrorKind::NotFound);
     Ok(())
 }

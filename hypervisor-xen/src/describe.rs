@@ -116,7 +116,11 @@ pub(crate) fn seen(row: &Row, config: &Value) -> DomainInfo {
     let cpus = build["max_vcpus"].as_u64().unwrap_or(1);
     let summary = format!("Xen {kind}, {cpus} processors, {} MiB, {} drives", memory >> 10, drives.len());
     let disks = drives.iter().map(seen_disk).chain(other_storage(config)).collect();
-    DomainInfo::new(record(config), !row.flags.paused).name(Some(row.name.clone())).summary(summary).disks(disks).config(config_file(&row.name))
+    DomainInfo::new(record(config), !row.flags.paused)
+        .name(Some(row.name.clone()))
+        .summary(summary)
+        .disks(disks)
+        .config(config_file(&row.name))
 }
 
 fn seen_disk(disk: &XenDisk) -> SeenDisk {
@@ -125,7 +129,9 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
         (_, false) => Some("the guest can only read it".to_owned()),
         (false, true) => disk.unfit.clone(),
     };
-    SeenDisk::new(disk.target.clone(), disk.path.as_path(), disk.format.clone()).left_out(left_out).guest_writes(disk.writable)
+    SeenDisk::new(disk.target.clone(), disk.path.as_path(), disk.format.clone())
+        .left_out(left_out)
+        .guest_writes(disk.writable)
 }
 
 /// Records which of the drives are the domain's disks, and which disk has another file in its place.
@@ -184,7 +190,9 @@ fn other_storage(config: &Value) -> Vec<SeenDisk> {
     let mut found = Vec::new();
     let mut add = |name: String, path: &str, why: &str| {
         let Ok(target) = Target::new(name) else { return };
-        found.push(SeenDisk::new(target, path, String::new()).left_out(Some(why.to_owned())).guest_writes(true));
+        found.push(
+            SeenDisk::new(target, path, String::new()).left_out(Some(why.to_owned())).guest_writes(true),
+        );
     };
     for (number, entry) in listed(&config["disks"]).iter().enumerate() {
         if disk(entry).is_none() && yes(entry, "readwrite") {

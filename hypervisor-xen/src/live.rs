@@ -138,7 +138,7 @@ impl XenDomain {
                 if !Path::new(&address).exists() {
                     continue;
                 }
-                let control = Control::default().address(address);
+                let control = Control::at(address);
                 let domain = self.domain.clone().hypervisor(hypervisor_qemu::NAME).control(Some(control));
                 match self.qemu_saver.connect(&domain).await {
                     Ok(Some(qemu)) => {

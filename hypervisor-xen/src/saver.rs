@@ -47,8 +47,8 @@ impl VmStateSaver for Xen {
             return Err(Error::new(ErrorKind::Usage, format!("{name:?} is not a name of a Xen domain"))
                 .advise("give the name that `xl list` shows after 'xen:'"));
         }
-        let from_directory = |path: Option<Utf8PathBuf>| path.map(|path| directory.join(path));
-        let (memory_dir, config) = (from_directory(control.memory_dir), from_directory(control.config));
+        let from_directory = |path: &Option<Utf8PathBuf>| path.as_ref().map(|path| directory.join(path));
+        let (memory_dir, config) = (from_directory(&control.memory_dir), from_directory(&control.config));
         Ok(control.memory_dir(memory_dir).config(config))
     }
 
@@ -119,7 +119,7 @@ impl VmStateSaver for Xen {
             }
             let Ok(config) = list::config_of(&xl, row.domid).await else { continue };
             let seen = describe::seen(&row, &config);
-            let control = Control::default().address(row.name).config(seen.config.clone());
+            let control = Control::at(row.name).config(seen.config.clone());
             found.push((control, seen));
         }
         Ok(found)

@@ -150,7 +150,11 @@ impl Note {
 
     /// Describes the previous domain.
     pub(crate) fn seen(&self, name: &str) -> DomainInfo {
-        DomainInfo::new(self.machine.clone(), false).name(Some(name.to_owned())).summary(self.summary.clone()).disks(self.disks.clone()).config(self.config.clone())
+        DomainInfo::new(self.machine.clone(), false)
+            .name(Some(name.to_owned()))
+            .summary(self.summary.clone())
+            .disks(self.disks.clone())
+            .config(self.config.clone())
     }
 }
 

@@ -81,16 +81,29 @@ impl Machine {
     }
 
     fn state(&self) -> DiskState {
-        let layers = self.images.iter().map(|(name, image)| Layer::new(name.clone(), layer_path(self.record.disk.path(), name), "model", u64::from(CLUSTERS)).named(image.named).backing(image.backing.clone()).owned(self.record.owned.contains(name)).allocated(image.own.len() as u64).internal(image
-                .tags
-                .keys()
-                .map(|tag| InternalPoint::new(tag.clone(), u64::from(CLUSTERS), jiff::Timestamp::UNIX_EPOCH))
-                .collect()).dependents(self
-                .foreign
-                .iter()
-                .filter(|(on, _)| on == name)
-                .map(|_| "/elsewhere/clone.qcow2".into())
-                .collect()));
+        let layers = self.images.iter().map(|(name, image)| {
+            Layer::new(name.clone(), layer_path(self.record.disk.path(), name), "model", u64::from(CLUSTERS))
+                .named(image.named)
+                .backing(image.backing.clone())
+                .owned(self.record.owned.contains(name))
+                .allocated(image.own.len() as u64)
+                .internal(
+                    image
+                        .tags
+                        .keys()
+                        .map(|tag| {
+                            InternalPoint::new(tag.clone(), u64::from(CLUSTERS), jiff::Timestamp::UNIX_EPOCH)
+                        })
+                        .collect(),
+                )
+                .dependents(
+                    self.foreign
+                        .iter()
+                        .filter(|(on, _)| on == name)
+                        .map(|_| "/elsewhere/clone.qcow2".into())
+                        .collect(),
+                )
+        });
         let (target, active) = (self.record.disk.target.clone(), self.record.active.clone());
         DiskState::new(target, active, layers.collect()).attached(self.open.is_some())
     }

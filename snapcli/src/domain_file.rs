@@ -71,14 +71,12 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
                 )
                 .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
             }
-            let control = Control {
-                address,
-                agent: reach.agent,
-                memory_dir: reach.memory_dir,
-                start: reach.start,
-                compress: reach.compress,
-                config: reach.config,
-            };
+            let control = Control::at(address)
+                .agent(reach.agent)
+                .memory_dir(reach.memory_dir)
+                .start(reach.start)
+                .compress(reach.compress)
+                .config(reach.config);
             spec.run_by(file.hypervisor, saver.read_control(control, directory)?)
         }
     };
@@ -87,7 +85,7 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
             Some(_) => disk.address.clone(),
             None => directory.join(disk.address.as_str()).into(),
         };
-        spec.disks.push(Disk { address, ..disk });
+        spec.disks.push(Disk::new(disk.target, address, disk.format));
     }
     Ok(spec)
 }
@@ -121,14 +119,11 @@ mod tests {
              start = ['qemu', '-m', '1G']\n[[disk]]\ntarget = 'vda'\npath = 'a.qcow2'\nformat = 'qcow2'\n",
         )
         .unwrap();
-        let control = Control {
-            address: "/srv/web/qmp".to_owned(),
-            agent: Some("/run/agent".into()),
-            memory_dir: Some("/srv/web/memory".into()),
-            compress: Some(3),
-            start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
-            config: None,
-        };
+        let control = Control::at("/srv/web/qmp")
+            .agent(Some("/run/agent".into()))
+            .memory_dir(Some("/srv/web/memory".into()))
+            .compress(Some(3))
+            .start(["qemu", "-m", "1G"].map(str::to_owned).to_vec());
         assert_eq!((spec.hypervisor, spec.control), (hypervisor_qemu::NAME, Some(control)));
         assert_eq!(spec.disks[0].path(), "/srv/web/a.qcow2");
     }

@@ -37,8 +37,8 @@ use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
 use snapcore::hypervisor::DomainStep;
 use snapcore::{
     ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind,
-    FinishStep, FinishUnit, Hypervisor, HypervisorStep, LayerName, MemoryPoint, NestedStep, Plan, PlanStep,
-    Point, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, Target,
+    FinishStep, FinishUnit, HypervisorStep, LayerName, MemoryPoint, NestedStep, Plan, PlanStep, Point,
+    SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, Target,
 };
 
 /// A place for a catalogue, empty at first. It lasts as long as this.

@@ -14,9 +14,7 @@ use snapcore::hypervisor::{
     Control, DiskInstant, DomainContext, DomainInfo, DomainStep, GuestChange, Inside, LiveDomain, MemoryPlan,
     OpenChain, OpenLayer, PowerAfter, Quiesce, StepOutcome, VmStateSaver,
 };
-use snapcore::{
-    ActivePath, Disk, DiskRecord, Domain, DomainName, ErrorKind, FileIdentity, LayerName, Target,
-};
+use snapcore::{Disk, DiskRecord, Domain, DomainName, ErrorKind, FileIdentity, LayerName, Target};
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
 
@@ -191,7 +189,7 @@ async fn addresses(machine: &dyn TestMachine) -> Result<()> {
 
 async fn nothing(machine: &dyn TestMachine) -> Result<()> {
     let mut fixture = Fixture::new(machine)?;
-    let said = Control::default().address(machine.nowhere());
+    let said = Control::at(machine.nowhere());
     let control = fixture.saver.read_control(said, machine.memory_dir())?;
     let looked = fixture.saver.look(&control).await;
     ensure!(looked.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{looked:?}");
@@ -218,7 +216,7 @@ async fn found(machine: &dyn TestMachine) -> Result<()> {
     let scanned: Vec<_> = scanned.into_iter().map(|(control, _)| control.address).collect();
     let mut read = Vec::new();
     for address in &scanned {
-        let said = Control::default().address(address.clone());
+        let said = Control::at(address.clone());
         read.push(fixture.saver.read_control(said, machine.memory_dir())?.address);
     }
     ensure!(read.contains(&fixture.control().address), "the scan finds {scanned:?}");

@@ -62,6 +62,11 @@ setters!(Control {
 });
 
 impl Control {
+    /// Makes a connection to the domain at `address`, without other settings.
+    pub fn at(address: impl Into<String>) -> Self {
+        Self { address: address.into(), ..Self::default() }
+    }
+
     /// The highest compression level of a memory image.
     pub const MAX_COMPRESSION: u8 = 19;
 }

@@ -9,8 +9,8 @@ use snapcore::backend::{
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
-    ActivePath, Consistency, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, FinishStep,
-    LayerName, Point, PointKind, Result, Snapshot, SnapshotId, SnapshotName, Step,
+    ActivePath, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, FinishStep, LayerName, Point,
+    PointKind, Result, Snapshot, SnapshotName, Step,
 };
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -68,7 +68,7 @@ fn taken(copied: &Metadata) -> Timestamp {
 }
 
 fn step(disk: &Disk, action: Action, summary: String, bytes: u64) -> Step<Action> {
-    Step { target: disk.target.clone(), action, summary, bytes }
+    Step::new(disk.target.clone(), action, summary).bytes(bytes)
 }
 
 #[async_trait]
@@ -92,7 +92,7 @@ impl DiskSnapshotter for Copies {
             )
             .advise("rename it"));
         }
-        Ok(DiskRecord { disk: disk.clone(), active: layer(), owned: vec![layer()] })
+        Ok(DiskRecord::new(disk.clone(), layer()).owned(vec![layer()]))
     }
 
     async fn inspect(
@@ -103,25 +103,13 @@ impl DiskSnapshotter for Copies {
     ) -> Result<DiskState> {
         let path = record.disk.path();
         let there = found(path)?;
-        let internal = tags(path)?.into_iter().map(|(tag, copied)| InternalPoint {
-            tag,
-            virtual_size: copied.len(),
-            created: taken(&copied),
-            vm_state_size: 0,
-            identity: None,
-        });
-        let only = Layer {
-            name: layer(),
-            address: record.disk.address.clone(),
-            format: self.format().to_owned(),
-            named: false,
-            backing: None,
-            owned: true,
-            virtual_size: there.len(),
-            allocated: there.blocks() * 512,
-            internal: internal.collect(),
-            dependents: Vec::new(),
-        };
+        let internal = tags(path)?
+            .into_iter()
+            .map(|(tag, copied)| InternalPoint::new(tag, copied.len(), taken(&copied)));
+        let only = Layer::new(layer(), record.disk.address.clone(), self.format(), there.len())
+            .owned(true)
+            .allocated(there.blocks() * 512)
+            .internal(internal.collect());
         Ok(DiskState::new(record.disk.target.clone(), layer(), vec![only]))
     }
 
@@ -131,22 +119,11 @@ impl DiskSnapshotter for Copies {
             if known.iter().any(|point| point.tag.as_ref() == Some(&tag)) {
                 continue;
             }
-            all.push(Snapshot {
-                id: SnapshotId::fresh(),
-                name: SnapshotName::new(format!("found-{tag}"))?,
-                parent: None,
-                created: taken(&copied),
-                description: String::new(),
-                consistency: Consistency::Unknown,
-                disks: vec![DiskPoint::new(
-                    record.disk.target.clone(),
-                    Point::internal(layer(), tag),
-                    copied.len(),
-                )],
-                memory: None,
-                machine: None,
-                skipped: Vec::new(),
-            });
+            all.push(Snapshot::new(
+                SnapshotName::new(format!("found-{tag}"))?,
+                taken(&copied),
+                vec![DiskPoint::new(record.disk.target.clone(), Point::internal(layer(), tag), copied.len())],
+            ));
         }
         all.sort_by_key(|snapshot| snapshot.created);
         Ok(all)
@@ -220,7 +197,7 @@ impl DiskSnapshotter for Copies {
     }
 
     async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<OpenLayer>> {
-        Ok(vec![OpenLayer { address: record.disk.address.clone(), format: "raw".to_owned() }])
+        Ok(vec![OpenLayer::new(record.disk.address.clone(), "raw")])
     }
 
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
@@ -247,10 +224,12 @@ impl DiskSnapshotter for Copies {
             entry.file_name().starts_with("next-") || entry.path().extension() == Some("part")
         });
         Ok(left
-            .map(|entry| Finding {
-                severity: Severity::Note,
-                subject: entry.path().to_string(),
-                message: "what an operation left: it may be removed".to_owned(),
+            .map(|entry| {
+                Finding::new(
+                    Severity::Note,
+                    entry.path().to_string(),
+                    "what an operation left: it may be removed",
+                )
             })
             .collect())
     }
@@ -264,7 +243,7 @@ impl DiskSnapshotter for Copies {
     ) -> Result<DeleteCost> {
         let there = tags(record.disk.path())?;
         let frees = gone(&there, drop, keep).map(|(_, copied)| copied.blocks() * 512).sum();
-        Ok(DeleteCost { frees, moves: 0 })
+        Ok(DeleteCost::new(frees, 0))
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {

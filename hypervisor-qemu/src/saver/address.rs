@@ -70,7 +70,7 @@ mod tests {
 
     fn address(text: &str) -> Result<String> {
         let here = Utf8PathBuf::try_from(std::env::current_dir().expect("there is one")).expect("of UTF-8");
-        let control = read(Control::default().address(text.to_owned()), &here)?;
+        let control = read(Control::at(text), &here)?;
         assert_eq!(read(control.clone(), "/elsewhere".into())?, control, "{text}");
         Ok(control.address)
     }

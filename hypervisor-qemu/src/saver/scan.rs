@@ -37,7 +37,7 @@ pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, DomainInfo)>> {
                 tracing::debug!(address, "passed over: it does not answer, or is another hypervisor's");
                 continue;
             };
-            found.push((Control::default().address(address).agent(seen.agent.clone()), seen));
+            found.push((Control::at(address).agent(seen.agent.clone()), seen));
             break;
         }
     }

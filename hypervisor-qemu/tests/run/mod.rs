@@ -19,9 +19,7 @@ use snapcore::hypervisor::{
     AttachedMerge, Control, DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, MemoryPlan,
     OpenChain, OpenLayer, Quiesce, StepOutcome, VmStateSaver,
 };
-use snapcore::{
-    ActivePath, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Target,
-};
+use snapcore::{Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Target};
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
 
@@ -134,12 +132,18 @@ impl Run {
             let layer = dir.join(format!("{target}.ds-0.{format}"));
             fs::hard_link(&path, &layer)?;
             let target = Target::new(target)?;
-            disks.push(DiskRecord::new(Disk::new(target.clone(), utf8(&path), format), LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned())));
+            disks.push(DiskRecord::new(
+                Disk::new(target.clone(), utf8(&path), format),
+                LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned()),
+            ));
             layers.push(vec![layer]);
             targets.push(target);
         }
-        let control = Control::default().address(guest.qmp_socket().display().to_string()).agent(Some(utf8(guest.agent_socket())));
-        let domain = Domain::new(DomainName::new("guest")?, disks).hypervisor(hypervisor_qemu::NAME).control(Some(control));
+        let control =
+            Control::at(guest.qmp_socket().display().to_string()).agent(Some(utf8(guest.agent_socket())));
+        let domain = Domain::new(DomainName::new("guest")?, disks)
+            .hypervisor(hypervisor_qemu::NAME)
+            .control(Some(control));
         let mut run = Self { guest, dir, saver: Qemu::new(), domain, targets, layers, made: 0, live: None };
         run.reconnect().await?;
         Ok(run)
@@ -219,7 +223,13 @@ impl Run {
         DomainStep::Instant {
             disks,
             running: true,
-            memory: memory.map(|name| MemoryPlan::new(utf8(&self.dir.join(name)), true, u64::try_from(kit::BUDGET.as_millis()).expect("small"))),
+            memory: memory.map(|name| {
+                MemoryPlan::new(
+                    utf8(&self.dir.join(name)),
+                    true,
+                    u64::try_from(kit::BUDGET.as_millis()).expect("small"),
+                )
+            }),
             quiesce: Quiesce::No,
             quiesce_limit_ms: 10_000,
             then: None,

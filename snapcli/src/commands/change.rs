@@ -403,19 +403,14 @@ mod tests {
 
     #[test]
     fn plan_is_shown_by_group_with_sizes() {
-        let step = |summary: &str, bytes| Step {
-            target: Target::new("vda").unwrap(),
-            action: serde_json::Value::Null,
-            summary: summary.to_owned(),
-            bytes,
+        let step = |summary: &str, bytes| {
+            Step::new(Target::new("vda").unwrap(), serde_json::Value::Null, summary).bytes(bytes)
         };
-        let merge = FinishStep { deferrable: true, ..FinishStep::new(step("merge a into b", 3 << 20)) };
-        let plan = Plan {
-            cut: vec![CutUnit::Disk(step("cut it", 0))],
-            finish: vec![FinishUnit::Disk(merge)],
-            notes: vec!["vda: a note".to_owned()],
-            ..Plan::new("delete", vec![SnapshotName::new("s1").unwrap()])
-        };
+        let merge = FinishStep::new(step("merge a into b", 3 << 20)).deferrable(true);
+        let plan = Plan::new("delete", vec![SnapshotName::new("s1").unwrap()])
+            .cut(vec![CutUnit::Disk(step("cut it", 0))])
+            .finish(vec![FinishUnit::Disk(merge)])
+            .notes(vec!["vda: a note".to_owned()]);
         assert_eq!(
             plan_text("web", &plan),
             "would delete s1 of web: 2 steps, 3.00 MiB to move\n  switch-over (can be rolled back)\n    vda  cut it\n  \

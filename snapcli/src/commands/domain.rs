@@ -93,14 +93,12 @@ fn read_place(session: &Session, place: &str) -> Result<(Hypervisor, String), Fa
 
 /// Builds the record of how a domain is reached, from the command line.
 fn control(address: String, args: &DomainAdd) -> Result<Control, Failure> {
-    Ok(Control {
-        address,
-        agent: args.agent.clone().map(Into::into),
-        memory_dir: args.memory_dir.as_deref().map(absolute).transpose()?,
-        start: args.start.clone(),
-        compress: args.compress,
-        config: args.config.as_deref().map(absolute).transpose()?,
-    })
+    Ok(Control::at(address)
+        .agent(args.agent.clone().map(Into::into))
+        .memory_dir(args.memory_dir.as_deref().map(absolute).transpose()?)
+        .start(args.start.clone())
+        .compress(args.compress)
+        .config(args.config.as_deref().map(absolute).transpose()?))
 }
 
 /// A path that the user gave, from the root on.

@@ -77,13 +77,15 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
         }
     }
     let worst = findings.iter().map(|finding| finding.severity).max();
-    let findings = findings.into_iter().map(|finding| snapcore::backend::Finding {
-        severity: severity(finding.severity),
-        subject: path.to_string(),
-        message: match finding.repairable {
-            true => format!("{} (--repair corrects it)", finding.text),
-            false => finding.text,
-        },
+    let findings = findings.into_iter().map(|finding| {
+        snapcore::backend::Finding::new(
+            severity(finding.severity),
+            path.to_string(),
+            match finding.repairable {
+                true => format!("{} (--repair corrects it)", finding.text),
+                false => finding.text,
+            },
+        )
     });
     let findings = findings.collect();
     let document = DiskVhdDoc { operation: "check".to_owned(), image: path, findings, done };

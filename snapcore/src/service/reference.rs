@@ -453,10 +453,8 @@ mod tests {
         let (path, other) = (directory.join("a.img"), directory.join("b.img"));
         std::fs::write(&path, "").unwrap();
         std::fs::write(&other, "").unwrap();
-        let mut spec = DomainSpec::new(DomainName::new("web").unwrap()).run_by(
-            Hypervisor::new("fake").unwrap(),
-            Control { address: "/nowhere/qmp".to_owned(), ..Control::default() },
-        );
+        let mut spec = DomainSpec::new(DomainName::new("web").unwrap())
+            .run_by(Hypervisor::new("fake").unwrap(), Control::at("/nowhere/qmp"));
         let drives = vec![
             drive("vda", &path, None),
             drive("vdb", &other, None),

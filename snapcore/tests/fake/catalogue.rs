@@ -166,7 +166,11 @@ impl Catalogue for FakeCatalogue {
 
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         let store = self.store();
-        let summary = |records: &Records| EntrySummary::new(records.entry.domain.clone(), records.entry.tree.len() as u64).unfinished(records.operations.iter().any(|operation| !operation.state.is_final())).bases(records.bases.clone());
+        let summary = |records: &Records| {
+            EntrySummary::new(records.entry.domain.clone(), records.entry.tree.len() as u64)
+                .unfinished(records.operations.iter().any(|operation| !operation.state.is_final()))
+                .bases(records.bases.clone())
+        };
         Ok(store.domains.values().map(summary).collect())
     }
 

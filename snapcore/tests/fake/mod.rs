@@ -189,7 +189,8 @@ fn key(disk: &Disk) -> Utf8PathBuf {
 }
 
 fn step(disk: &Disk, action: Action, bytes: u64) -> Step<Action> {
-    Step::new(disk.target.clone(), action, format!("{action:?}")).bytes(bytes)
+    let summary = format!("{action:?}");
+    Step::new(disk.target.clone(), action, summary).bytes(bytes)
 }
 
 #[async_trait]
@@ -247,8 +248,12 @@ impl DiskSnapshotter for FakeBackend {
         _: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
         let disk = self.disk(&key(&record.disk))?;
-        let internal = disk.tags.keys().map(|tag| InternalPoint::new(tag.clone(), 4096, Timestamp::UNIX_EPOCH));
-        let layer = Layer::new(record.active.clone(), record.disk.address.clone(), "fake", 4096).owned(true).allocated(512).internal(internal.collect());
+        let internal =
+            disk.tags.keys().map(|tag| InternalPoint::new(tag.clone(), 4096, Timestamp::UNIX_EPOCH));
+        let layer = Layer::new(record.active.clone(), record.disk.address.clone(), "fake", 4096)
+            .owned(true)
+            .allocated(512)
+            .internal(internal.collect());
         Ok(DiskState::new(record.disk.target.clone(), record.active.clone(), vec![layer]))
     }
 
@@ -258,11 +263,17 @@ impl DiskSnapshotter for FakeBackend {
         let unknown = disk.tags.keys().filter(|tag| !known.iter().any(|p| p.tag.as_ref() == Some(tag)));
         let found = unknown.map(|tag| {
             let id = SnapshotId::fresh();
-            Snapshot::new(SnapshotName::new(tag.clone()).unwrap(), Timestamp::UNIX_EPOCH, vec![DiskPoint::new(
+            Snapshot::new(
+                SnapshotName::new(tag.clone()).unwrap(),
+                Timestamp::UNIX_EPOCH,
+                vec![DiskPoint::new(
                     record.disk.target.clone(),
                     Point::internal(record.active.clone(), tag.clone()),
                     4096,
-                )]).id(id).parent(parent.replace(id))
+                )],
+            )
+            .id(id)
+            .parent(parent.replace(id))
         });
         Ok(found.collect())
     }

@@ -142,21 +142,19 @@ fn remove_memory(file: &Utf8Path) -> Result<()> {
 }
 
 fn seen(name: &str, machine: &FakeMachine) -> DomainInfo {
-    let disks = machine.disks.iter().map(|disk| SeenDisk {
-        target: disk.target.clone(),
-        address: disk.open.first().cloned().unwrap_or_default().into(),
-        format: disk.format.clone(),
-        left_out: None,
-        guest_writes: true,
-        member: Some(disk.target.clone()),
-        no_internal: None,
+    let disks = machine.disks.iter().map(|disk| {
+        SeenDisk::new(
+            disk.target.clone(),
+            disk.open.first().cloned().unwrap_or_default(),
+            disk.format.clone(),
+        )
+        .guest_writes(true)
+        .member(Some(disk.target.clone()))
     });
-    DomainInfo {
-        name: Some(name.to_owned()),
-        summary: format!("a fake machine with {} disks", machine.disks.len()),
-        disks: disks.collect(),
-        ..DomainInfo::new(serde_json::json!({ "fake": name }), machine.running)
-    }
+    DomainInfo::new(serde_json::json!({ "fake": name }), machine.running)
+        .name(Some(name.to_owned()))
+        .summary(format!("a fake machine with {} disks", machine.disks.len()))
+        .disks(disks.collect())
 }
 
 #[async_trait]
@@ -170,8 +168,8 @@ impl VmStateSaver for Fake {
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return Err(Error::new(ErrorKind::Usage, format!("{name:?} is not the name of a fake machine")));
         }
-        let memory_dir = control.memory_dir.map(|memory| directory.join(memory));
-        Ok(Control { memory_dir, ..control })
+        let memory_dir = control.memory_dir.as_ref().map(|memory| directory.join(memory));
+        Ok(control.memory_dir(memory_dir))
     }
 
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
@@ -191,7 +189,7 @@ impl VmStateSaver for Fake {
         {
             let Ok(machine) = self.machine(&name) else { continue };
             let seen = seen(&name, &machine);
-            found.push((Control { address: name, ..Control::default() }, seen));
+            found.push((Control::at(name), seen));
         }
         Ok(found)
     }
@@ -291,10 +289,7 @@ impl Live {
         taken?;
         let consistency = if memory.is_some() { Consistency::Memory } else { Consistency::Crash };
         let method = "fake".to_owned();
-        Ok(StepOutcome {
-            taken: Some(Taken { at: Timestamp::now(), consistency, running: *running, method }),
-            ..StepOutcome::default()
-        })
+        Ok(StepOutcome::default().taken(Some(Taken::new(Timestamp::now(), consistency, *running, method))))
     }
 }
 

@@ -19,7 +19,7 @@ impl TestMachine for Place {
         Arc::new(Fake::new(self.memory_dir()))
     }
     fn control(&self) -> Control {
-        Control { address: "web".to_owned(), ..Control::default() }
+        Control::at("web")
     }
     fn disks(&self) -> Vec<(Target, Utf8PathBuf, String)> {
         let target = Target::new("vda").expect("a target");

@@ -134,7 +134,7 @@ impl Locator {
             }
             return DomainRef::at_rest(&text).map(Cow::Owned);
         }
-        let control = Control { address: address.clone(), ..Control::default() };
+        let control = Control::at(address.clone());
         let address = self.read_control(hypervisor, &control)?.address;
         Ok(Cow::Owned(DomainRef::Live { hypervisor: hypervisor.clone(), address }))
     }
@@ -146,7 +146,7 @@ impl Locator {
         hypervisor: &Hypervisor,
         address: &str,
     ) -> Result<(ImportSource, Vec<String>)> {
-        let mut control = Control { address: address.to_owned(), ..Control::default() };
+        let mut control = Control::at(address);
         let seen = self.look(hypervisor, &control).await?;
         control.agent = seen.agent.clone();
         control.config = seen.config.clone();
