@@ -8,8 +8,8 @@ use image_files::chain::{self, ChainStep, Tag};
 use image_files::layer_name::{disk_name, layer_path};
 use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
 use snapcore::backend::{
-    Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
-    Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+    AdviceOn, Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses,
+    Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::{
@@ -103,6 +103,15 @@ impl DiskSnapshotter for Qcow2 {
 
     fn format(&self) -> &str {
         "qcow2"
+    }
+
+    fn advice(&self, _disk: &DiskRecord, on: AdviceOn<'_>) -> Option<String> {
+        let advice = match on {
+            AdviceOn::NewFiles => "take the snapshot with --internal, which makes no files",
+            AdviceOn::AmbiguousTag { .. } => "delete all but one by their IDs with the tool that made them",
+            _ => return None,
+        };
+        Some(advice.to_owned())
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -264,6 +264,9 @@ impl DiskSnapshotter for FaultyBackend {
     fn manifests(&self, disk: &Disk) -> Arc<dyn snapcore::manifest::ManifestStore> {
         self.inner.manifests(disk)
     }
+    fn advice(&self, disk: &DiskRecord, on: snapcore::backend::AdviceOn<'_>) -> Option<String> {
+        self.inner.advice(disk, on)
+    }
     fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<snapcore::backend::StepNeed> {
         self.inner.needs_of(disk, step)
     }

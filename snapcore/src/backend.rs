@@ -134,6 +134,26 @@ impl Finding {
 }
 
 /// Receiver of the progress of a long step.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use snapcore::backend::Progress;
+///
+/// /// Keeps the last number.
+/// #[derive(Default)]
+/// struct Done(AtomicU64);
+///
+/// impl Progress for Done {
+///     fn bytes(&self, done: u64, _total: u64) {
+///         self.0.store(done, Ordering::Relaxed);
+///     }
+/// }
+///
+/// let done = Done::default();
+/// done.bytes(4096, 65536);
+/// assert_eq!(done.0.into_inner(), 4096);
+/// ```
 pub trait Progress: Send + Sync {
     /// `done` bytes of `total` so far. Called often; must be cheap.
     fn bytes(&self, done: u64, total: u64);
@@ -176,6 +196,21 @@ setters!(<'a> StepContext<'a> {
     resumed: bool,
 });
 
+/// The subject of advice that only a disk's backend can give ([`DiskSnapshotter::advice`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AdviceOn<'a> {
+    /// A point cannot be taken because no further file, or no further name of a file, can be made for it.
+    NewFiles,
+    /// Several internal snapshots of a layer have one tag, so it does not say which one is meant.
+    AmbiguousTag {
+        /// The layer.
+        layer: &'a Layer,
+        /// The tag.
+        tag: &'a str,
+    },
+}
+
 /// A file that no other program may use in a certain manner during a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -202,13 +237,52 @@ pub type Guard = Box<dyn Any + Send + Sync>;
 /// progress is read from the disk. Errors are [`crate::Error`]s that name the file. After an error the
 /// disk's current state and every point are intact, and the same call may be repeated, unless a method says
 /// otherwise.
+///
+/// The crate in `examples/backend-dir` is a whole backend to start from. What the service does with one, for
+/// a snapshot of a disk at rest:
+///
+/// ```no_run
+/// use snapcore::backend::{AnyDiskSnapshotter, DiskRequest, InspectDepth, Progress, StepContext};
+/// use snapcore::{ActivePath, Disk, Result, SnapshotName};
+/// use tokio_util::sync::CancellationToken;
+///
+/// async fn take(backend: &AnyDiskSnapshotter, disk: &Disk, progress: &dyn Progress) -> Result<()> {
+///     // Reads, and needs no lock.
+///     let record = backend.adopt(disk, ActivePath::Keep).await?;
+///     let state = backend.inspect(&record, InspectDepth::Active, None).await?;
+///     let request = DiskRequest::Create {
+///         kind: None,
+///         method: None,
+///         name: SnapshotName::new("before-update")?,
+///         overlay: None,
+///         keep: Vec::new(),
+///         stamp: 0x1a2b_3c4d,
+///     };
+///     let plan = backend.plan(&record, &state, ActivePath::Keep, &request).await?;
+///     // Changes the disk, under its lock. The service records each step in the journal before it begins.
+///     let _guard = backend.lock(&record, None).await?;
+///     let cancel = CancellationToken::new();
+///     let context = StepContext::new(&record, progress, &cancel);
+///     let mut begun = Vec::new();
+///     for step in plan.steps() {
+///         begun.push(step);
+///         if let Err(error) = backend.apply(step, context).await {
+///             for step in begun.into_iter().rev() {
+///                 backend.undo(step, context).await?;
+///             }
+///             return Err(error.state("rolled back"));
+///         }
+///     }
+///     Ok(())
+/// }
+/// ```
 #[async_trait]
 pub trait DiskSnapshotter: Send + Sync {
     /// An action on a disk, one per step. It is recorded in the journal as JSON, so a later version of the
     /// backend must read what an earlier one wrote, or fail. A plug-in's is JSON already.
     type Action: Serialize + DeserializeOwned + Send + Sync;
 
-    /// The format's name, as configurations state it: `qcow2`.
+    /// The format's name, as configurations state it.
     fn format(&self) -> &str;
 
     /// Its abilities.
@@ -263,6 +337,13 @@ pub trait DiskSnapshotter: Send + Sync {
     /// backend without files returns nothing.
     fn uses(&self, _disk: &DiskRecord, _step: &Step<Self::Action>) -> FileUses {
         FileUses::default()
+    }
+
+    /// Returns advice in the terms of the format on a refusal that the service makes, as an imperative: "take
+    /// the snapshot with --internal, which makes no files". The service adds its own, which is good for every
+    /// format. Without a text from the backend, only that is shown.
+    fn advice(&self, _disk: &DiskRecord, _on: AdviceOn<'_>) -> Option<String> {
+        None
     }
 
     /// Returns true if this backend should serve a disk for which the user named no backend. Decide from the

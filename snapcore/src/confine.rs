@@ -102,13 +102,13 @@ mod tests {
 
     #[test]
     fn names_that_lead_out_are_refused() {
-        for bad in ["../b.qcow2", "/etc/../a", "a/b", "..", ".", "", "a\0"] {
+        for bad in ["../b.img", "/etc/../a", "a/b", "..", ".", "", "a\0"] {
             check_layer(&LayerName(bad.to_owned())).expect_err(bad);
         }
-        check_layer(&LayerName("a.ds-12345678.qcow2".to_owned())).unwrap();
+        check_layer(&LayerName("a.ds-12345678.img".to_owned())).unwrap();
         for bad in ["a", "/a/../b", "/a/./b", "/a//b", "../a", "/a/", "/a\0"] {
             check_path(Utf8Path::new(bad)).expect_err(bad);
         }
-        check_path(Utf8Path::new("/a/b.qcow2")).unwrap();
+        check_path(Utf8Path::new("/a/b.img")).unwrap();
     }
 }

@@ -116,7 +116,7 @@ pub struct Disk {
     #[serde(rename = "path")]
     #[schemars(with = "String")]
     pub address: DiskAddress,
-    /// The name of its backend (`qcow2`). Stated, never guessed from content.
+    /// The name of its backend. Stated, never guessed from content.
     pub format: String,
 }
 

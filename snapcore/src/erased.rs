@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use crate::address::{DiskAddress, DiskIdentity};
 use crate::backend::{
-    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
-    Salvage, StepContext, StepNeed,
+    AdviceOn, Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth,
+    Leftover, Salvage, StepContext, StepNeed,
 };
 use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{ActivePath, Disk, DiskRecord};
@@ -95,6 +95,9 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     }
     fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
         self.decoded(step).map_or_else(|_| FileUses::default(), |step| self.inner.uses(disk, &step))
+    }
+    fn advice(&self, disk: &DiskRecord, on: AdviceOn<'_>) -> Option<String> {
+        self.inner.advice(disk, on)
     }
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
         self.inner.recognises(address, open_format)

@@ -343,6 +343,40 @@ impl OpenChain {
 }
 
 /// Work nested in a step: at the instant of a snapshot, at the pivot of a merge.
+///
+/// ```no_run
+/// use async_trait::async_trait;
+/// use snapcore::hypervisor::Inside;
+/// use snapcore::{Error, ErrorKind, Result, Target};
+///
+/// /// Moves the configured path of one disk, by a link that takes its place.
+/// struct MovePath {
+///     path: &'static str,
+///     from: &'static str,
+///     to: &'static str,
+/// }
+///
+/// impl MovePath {
+///     fn link(&self, layer: &str) -> Result<()> {
+///         let new = format!("{}.new", self.path);
+///         let moved = std::fs::hard_link(layer, &new).and_then(|()| std::fs::rename(&new, self.path));
+///         moved.map_err(|cause| {
+///             Error::new(ErrorKind::Io, format!("{} cannot be moved to {layer}", self.path)).because(cause)
+///         })
+///     }
+/// }
+///
+/// #[async_trait]
+/// impl Inside for MovePath {
+///     async fn run(&self, _only: Option<&Target>) -> Result<()> {
+///         self.link(self.to)
+///     }
+///
+///     async fn back(&self, _only: Option<&Target>) -> Result<()> {
+///         self.link(self.from)
+///     }
+/// }
+/// ```
 #[async_trait]
 pub trait Inside: Send + Sync {
     /// Performs the work for one disk, or for all without one. If it fails, it has undone its changes.
@@ -540,6 +574,10 @@ pub struct SeenDisk {
     /// does, if the format supports them.
     #[serde(skip)]
     pub no_internal: Option<String>,
+    /// The reason, as far as the hypervisor knows one, if no file has the address of the image. Absent: a
+    /// general one is reported.
+    #[serde(skip)]
+    pub if_missing: Option<Obstacle>,
 }
 
 impl SeenDisk {
@@ -549,6 +587,7 @@ impl SeenDisk {
             target,
             address: address.into(),
             format: format.into(),
+            if_missing: None,
             left_out: None,
             guest_writes: false,
             member: None,
@@ -562,6 +601,7 @@ setters!(SeenDisk {
     guest_writes: bool,
     member: Option<Target>,
     no_internal: Option<String>,
+    if_missing: Option<Obstacle>,
 });
 
 /// Description of a running domain by its hypervisor.
@@ -640,6 +680,21 @@ setters!(AttachedMerge {
 });
 
 /// One disk of a running domain that its hypervisor has open.
+///
+/// A hypervisor implements it, and a backend's steps use it:
+///
+/// ```no_run
+/// use snapcore::hypervisor::AttachedMerge;
+/// use snapcore::backend::StepContext;
+/// use snapcore::{ErrorKind, Error, Result};
+///
+/// /// Merges the layer `upper` into `lower`, below the active image. async fn merge(context:
+/// StepContext<'_>, lower: &str, upper: &str) -> Result<()> { let Some(attached) = context.attached else {
+/// return Err(Error::new(ErrorKind::Internal, "the domain does not run, and the image is ours to write")); };
+/// let run = vec![lower.into(), upper.into()]; let merge = AttachedMerge::new(run,
+/// lower).string(Some(lower.to_owned())); attached.merge(&merge, context.inside, context.progress,
+/// context.cancel).await }
+/// ```
 #[async_trait]
 pub trait AttachedDisk: Send + Sync {
     /// The image files that the hypervisor has open for this disk now: none in a detached section. The
@@ -669,6 +724,32 @@ pub trait AttachedDisk: Send + Sync {
 }
 
 /// A connection to one running domain.
+///
+/// What the engine does with one, for a section in which disks are changed as if the domain were at rest:
+///
+/// ```no_run
+/// use snapcore::hypervisor::{DomainContext, DomainStep, LiveDomain};
+/// use snapcore::{Result, Target};
+///
+/// async fn section(
+///     live: &dyn LiveDomain,
+///     disks: Vec<Target>,
+///     context: DomainContext<'_>,
+///     change: impl AsyncFnOnce() -> Result<()>,
+/// ) -> Result<()> {
+///     let running = live.seen().running;
+///     let detach = DomainStep::Detach { disks: disks.clone(), running, restart: None };
+///     live.apply(&detach, context).await?;
+///     if let Err(error) = change().await {
+///         // Opens what the paths name, and resumes the guest.
+///         live.undo(&detach, context).await?;
+///         return Err(error.state("rolled back"));
+///     }
+///     live.apply(&DomainStep::Attach { disks, restart: None }, context).await?;
+///     live.apply(&DomainStep::Continue { memory: None, reset: true, power: None }, context).await?;
+///     Ok(())
+/// }
+/// ```
 #[async_trait]
 pub trait LiveDomain: Send + Sync {
     /// The domain as it was when the connection was made.
@@ -915,6 +996,21 @@ impl HypervisorProfile {
 }
 
 /// A hypervisor: finds running domains, and saves their VM state in memory images.
+///
+/// The crate in `tests/fakehypervisor` is a whole one, of files. What the service does with one:
+///
+/// ```no_run
+/// use snapcore::hypervisor::VmStateSaver;
+/// use snapcore::{Domain, DomainName, Result};
+///
+/// /// Shows the domains that run, and if their memory can be saved. async fn show(saver: &dyn VmStateSaver)
+/// -> Result<()> { let profile = saver.profile(); for (control, seen) in saver.scan().await? {
+/// println!("{}:{} {}", profile.name, control.address, seen.summary); let name =
+/// DomainName::new(seen.name.unwrap_or("unnamed".to_owned()))?; let domain = Domain::new(name,
+/// Vec::new()).hypervisor(profile.name.clone()).control(Some(control)); // It may have ended since. let
+/// Some(live) = saver.connect(&domain).await? else { continue }; if let Some(obstacle) =
+/// live.cannot_save_memory() { println!("  no memory: {}; {}", obstacle.why, obstacle.advice); } } Ok(()) }
+/// ```
 #[async_trait]
 pub trait VmStateSaver: Send + Sync {
     /// The properties of this hypervisor.

@@ -1,5 +1,5 @@
-//! Setters of data that crosses the contracts, named like the fields. Such a struct may get further fields, so
-//! other crates make it by its constructor and by these.
+//! Setters of data that crosses the contracts, named like the fields. Such a struct may get further fields,
+//! so other crates make it by its constructor and by these.
 
 /// Makes a setter for each field: `setters!(Type { field: FieldType })`, `setters!(<A> Type<A> { ... })`.
 macro_rules! setters {

@@ -25,6 +25,18 @@ use crate::name::{SnapshotName, Target};
 use crate::step::{Edit, Group, Step};
 
 /// A whole operation on a domain. The planner makes it, the engine carries it out, `--dry-run` prints it.
+///
+/// ```
+/// use snapcore::{CutUnit, Plan, SnapshotName, Step, Target};
+///
+/// let step = Step::new(Target::new("vda")?, serde_json::json!({"do": "take"}), "take the point s1 of vda");
+/// let plan = Plan::new("create", vec![SnapshotName::new("s1")?]).cut(vec![CutUnit::Disk(step)]);
+/// let lines: Vec<String> =
+///     plan.steps().map(|placed| format!("{}: {}", placed.subject(), placed.summary())).collect();
+/// assert_eq!(lines, ["vda: take the point s1 of vda"]);
+/// assert_eq!((plan.step_count(), plan.bytes()), (1, 0));
+/// # Ok::<(), snapcore::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Plan {

@@ -20,7 +20,7 @@ mod tests {
 
     #[test]
     fn arguments_are_quoted_for_a_shell() {
-        let args = ["qemu", "-name", "a b", "", "it's", "~", "$(id)", "a;b", "tcp:[::1]:5"];
-        assert_eq!(shell_command(args), "qemu -name 'a b' '' 'it'\\''s' '~' '$(id)' 'a;b' 'tcp:[::1]:5'");
+        let args = ["run", "-name", "a b", "", "it's", "~", "$(id)", "a;b", "tcp:[::1]:5"];
+        assert_eq!(shell_command(args), "run -name 'a b' '' 'it'\\''s' '~' '$(id)' 'a;b' 'tcp:[::1]:5'");
     }
 }

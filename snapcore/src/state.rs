@@ -95,7 +95,8 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Makes a layer that has no file of its permanent name, no backing layer and no data, and that is not ours.
+    /// Makes a layer that has no file of its permanent name, no backing layer and no data, and that is not
+    /// ours.
     pub fn new(
         name: LayerName,
         address: impl Into<DiskAddress>,

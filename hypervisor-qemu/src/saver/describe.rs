@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use snapcore::Target;
-use snapcore::hypervisor::{DomainInfo, SeenDisk};
+use snapcore::hypervisor::{DomainInfo, Obstacle, SeenDisk};
 
 use super::disk::{FileView, QemuChain, target_name};
 use crate::{
@@ -50,6 +50,23 @@ pub(super) async fn describe(
         .agent(agent(machine, discovery, view).await?))
 }
 
+/// Returns the reason why no file has the name that QEMU opened an image by.
+fn if_missing(target: &Target, path: &Utf8Path) -> Obstacle {
+    // QEMU makes such a file for a drive with `snapshot=on`, and removes its name at once.
+    if path.file_name().is_some_and(|name| name.starts_with("vl.") && name.len() == "vl.XXXXXX".len()) {
+        let why = format!(
+            "drive {target} of the running domain is a temporary one (snapshot=on): the guest writes to {path}, which has \
+             no name any more and ends with QEMU"
+        );
+        return Obstacle::new(why, "start the domain without snapshot=on (-snapshot) for this drive");
+    }
+    Obstacle::new(
+        format!("the running domain has {path} open as {target}, and there is no such file"),
+        "start it with absolute paths: a QEMU that became a daemon has left the directory that its relative ones \
+         began in; and look whether it runs in a file system of its own",
+    )
+}
+
 fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk> {
     let mut taken = HashSet::new();
     let mut disks = Vec::new();
@@ -72,8 +89,11 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
             Some(driver) => driver,
             None => "",
         };
+        let path = file.unwrap_or_else(shown);
+        let missing = if_missing(&target, &path);
         disks.push(
-            SeenDisk::new(target, file.unwrap_or_else(shown), format)
+            SeenDisk::new(target, path, format)
+                .if_missing(Some(missing))
                 .left_out(left_out)
                 .guest_writes(drive.guest_writes())
                 .no_internal(image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(
@@ -408,6 +428,18 @@ mod tests {
         let all = ["-drive", "if=pflash,file=vars", "-tpmdev", "emulator,id=t", "-drive", "if=virtio,file=x"];
         assert_eq!(to_engine(&all), ["firmware variables (NVRAM)", "TPM state"]);
         assert!(to_engine(&["qemu", "-m", "1G"]).is_empty());
+    }
+
+    /// A file that QEMU made for `snapshot=on` is told from one that has another name here.
+    #[test]
+    fn missing_images_are_explained() {
+        let explained = |path: &str| if_missing(&Target::new("vda").unwrap(), Utf8Path::new(path));
+        let temporary = explained("/var/tmp/vl.a1B2c3");
+        assert!(
+            temporary.why.contains("/var/tmp/vl.a1B2c3") && temporary.advice.contains("without snapshot=on")
+        );
+        let relative = explained("/root.qcow2");
+        assert!(relative.why.contains("no such file") && relative.advice.contains("absolute paths"));
     }
 
     /// Arguments of one start only are not recorded.

@@ -178,7 +178,10 @@ impl Planner<'_> {
                     self.target, self.capabilities.max_depth
                 ),
             )
-            .advise("delete snapshots that are not needed, or take this one with --internal"));
+            .advise(match self.capabilities.internal {
+                true => "delete snapshots that are not needed, or take this one with --internal",
+                false => "delete snapshots that are not needed",
+            }));
         }
         let base = self.existing(on)?.clone();
         let step = ChainStep::CreateOverlay {

@@ -199,6 +199,25 @@ impl Lease {
 ///   nothing.
 /// * **Leases exclude.** Of all processes, at most one has the lease of a name while its `lost` is not
 ///   cancelled.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use snapcore::catalogue::{Catalogue, Change};
+/// use snapcore::{DomainName, Edit, Error, ErrorKind, Result};
+///
+/// /// Forgets from which snapshot the current state of a domain derives.
+/// async fn forget_current(catalogue: &dyn Catalogue, name: &DomainName) -> Result<()> {
+///     let _lease = catalogue.lease(name.as_str(), "an example", Duration::from_secs(30)).await?;
+///     let Some(entry) = catalogue.load(name).await? else {
+///         return Err(Error::new(ErrorKind::NotFound, format!("there is no domain {name}")));
+///     };
+///     let changes = vec![Change::Edit(Edit::SetCurrent { id: None })];
+///     // Fails, and changes nothing, if another process has changed the domain since it was read.
+///     catalogue.commit(name, entry.revision, changes).await?;
+///     Ok(())
+/// }
+/// ```
 #[async_trait]
 pub trait Catalogue: Send + Sync {
     /// The identity of this catalogue; `None` if nothing was ever recorded in it. It never changes.

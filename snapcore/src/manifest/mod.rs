@@ -30,6 +30,16 @@ use crate::snapshot::{Snapshot, SnapshotId};
 /// removed first. A method's writes and removals are durable when it returns. Nothing in a manifest is
 /// authoritative: an implementation checks every name that it reads ([`Domain::check_names`],
 /// [`Snapshot::check_names`]).
+///
+/// ```
+/// use snapcore::manifest::{ManifestDirectory, ManifestStore};
+///
+/// let store = ManifestDirectory::new("/vm/web/root.img.domsnap");
+/// assert_eq!(store.place(), "/vm/web/root.img.domsnap");
+/// if store.domain().is_none() {
+///     println!("no catalogue has written a sound manifest there");
+/// }
+/// ```
 pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// The place of the manifests, for people.
     fn place(&self) -> &str;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::backend::AdviceOn;
 use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
@@ -559,6 +560,8 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
     if same < 2 {
         return Ok(());
     }
+    let delete = disk.backend.advice(&disk.record, AdviceOn::AmbiguousTag { layer, tag });
+    let delete = delete.unwrap_or("delete all but one with the tool that made them".to_owned());
     let adopt =
         crate::shell::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
     Err(Error::new(
@@ -570,7 +573,7 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
         ),
     )
     .state("no changes made")
-    .advise(format!("delete all but one by their IDs with the tool that made them, then run `{adopt}`")))
+    .advise(format!("{delete}, then run `{adopt}`")))
 }
 
 #[cfg(test)]

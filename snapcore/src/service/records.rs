@@ -5,19 +5,21 @@ use std::sync::Arc;
 use camino::Utf8Path;
 
 use crate::address::DiskAddress;
+use crate::backend::DiskSnapshotter;
 use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::DomainName;
 use crate::operation::Operation;
+use crate::registry::Registry;
 
 /// Read access to the catalogue: no lease, no commit.
 #[derive(Clone)]
-pub(super) struct Records(Arc<dyn Catalogue>);
+pub(super) struct Records(Arc<dyn Catalogue>, Arc<Registry>);
 
 impl Records {
-    /// Read access to `catalogue`.
-    pub(super) fn new(catalogue: Arc<dyn Catalogue>) -> Self {
-        Self(catalogue)
+    /// Read access to `catalogue`. The backends of `registry` tell names of files.
+    pub(super) fn new(catalogue: Arc<dyn Catalogue>, registry: Arc<Registry>) -> Self {
+        Self(catalogue, registry)
     }
 
     /// The identity of the catalogue; absent where nothing was ever recorded in it.
@@ -76,7 +78,10 @@ impl Records {
     async fn no_domain(&self, name: &DomainName) -> Result<Error> {
         let known = self.0.domains().await?;
         let known: Vec<&str> = known.iter().map(|entry| entry.domain.name.as_str()).collect();
-        let is_file = [".qcow2", ".raw", ".img"].iter().any(|ending| name.as_str().ends_with(ending));
+        // An image's name often ends with its format.
+        let formats = self.1.iter().map(DiskSnapshotter::format).chain(["img"]);
+        let ending = Utf8Path::new(name.as_str()).extension();
+        let is_file = formats.map(Some).any(|format| format == ending);
         let detail = match is_file {
             true if Utf8Path::new(name.as_str()).exists() => {
                 format!("{name} is not a regular file or block device; and there is no domain of that name")

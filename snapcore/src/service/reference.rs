@@ -5,7 +5,7 @@ use camino::Utf8Path;
 use crate::address::DiskAddress;
 use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Control, DomainInfo};
+use crate::hypervisor::{Control, DomainInfo, SeenDisk};
 use crate::name::{DomainName, Target};
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
@@ -218,33 +218,23 @@ fn split_commas(text: &str) -> Vec<String> {
     parts
 }
 
-/// Returns true for the name of a file that QEMU makes for a drive with `snapshot=on`.
-fn is_temporary(path: &Utf8Path) -> bool {
-    path.file_name().is_some_and(|name| name.starts_with("vl.") && name.len() == "vl.XXXXXX".len())
-}
-
 /// Refuses an image that has another name here than in its hypervisor.
-fn require_image(target: &Target, address: &DiskAddress) -> Result<()> {
-    let Some(path) = address.local() else { return Ok(()) };
+fn require_image(disk: &SeenDisk) -> Result<()> {
+    let Some(path) = disk.address.local() else { return Ok(()) };
     match path.symlink_metadata() {
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound && is_temporary(path) => Err(Error::new(
-            ErrorKind::Refused,
-            format!(
-                "drive {target} of the running domain is a temporary one (snapshot=on): the guest writes to {path}, which has \
-                 no name any more and ends with QEMU"
-            ),
-        )
-        .state("no changes made")
-        .advise("start the domain without snapshot=on (-snapshot) for this drive")),
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Err(Error::new(
-            ErrorKind::Refused,
-            format!("the running domain has {path} open as {target}, and there is no such file"),
-        )
-        .state("no changes made")
-        .advise(
-            "start it with absolute paths: a QEMU that became a daemon has left the directory that its relative ones \
-             began in; and look whether it runs in a file system of its own",
-        )),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {
+            let (why, advice) = match &disk.if_missing {
+                Some(known) => (known.why.clone(), known.advice.as_str()),
+                None => (
+                    format!(
+                        "the running domain has {path} open as {}, and there is no such file",
+                        disk.target
+                    ),
+                    "start it with absolute paths, and look whether it runs in a file system of its own",
+                ),
+            };
+            Err(Error::new(ErrorKind::Refused, why).state("no changes made").advise(advice))
+        }
         // Other problems of the file are reported when it is opened.
         Ok(_) | Err(_) => Ok(()),
     }
@@ -282,7 +272,7 @@ pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
     for disk in &seen.disks {
         let Some(why) = &disk.left_out else {
-            require_image(&disk.target, &disk.address)?;
+            require_image(disk)?;
             chosen.disks.push(Disk::new(disk.target.clone(), disk.address.clone(), disk.format.as_str()));
             continue;
         };
@@ -375,6 +365,7 @@ impl DomainSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::Obstacle;
     use crate::hypervisor::SeenDisk;
 
     /// Text that begins like an address is read as one, until the hypervisors are known.
@@ -409,7 +400,7 @@ mod tests {
         for (text, images) in [
             ("/x/a", &[("/x/a", "")][..]),
             ("/x/a,format=raw", &[("/x/a", "raw")]),
-            ("/x/a,format=raw,/x/b,/x/c,format=qcow2", &[("/x/a", "raw"), ("/x/b", ""), ("/x/c", "qcow2")]),
+            ("/x/a,format=raw,/x/b,/x/c,format=x", &[("/x/a", "raw"), ("/x/b", ""), ("/x/c", "x")]),
             ("/x/a,,b,/x/c", &[("/x/a,b", ""), ("/x/c", "")]),
             ("/x/a,,format=raw", &[("/x/a,format=raw", "")]),
         ] {
@@ -418,12 +409,12 @@ mod tests {
             assert_eq!(read(&again), own(images), "{text} is shown as {again}");
         }
         for text in
-            ["/x/a,", ",/x/a", "/x/a,format=", "format=raw,/x/a", "/x/a,format=raw,format=qcow2", "/x/a,/x/a"]
+            ["/x/a,", ",/x/a", "/x/a,format=", "format=raw,/x/a", "/x/a,format=raw,format=x", "/x/a,/x/a"]
         {
             assert_eq!(DomainRef::parse(text).unwrap_err().kind(), ErrorKind::Usage, "{text}");
         }
         let directory = tempfile::tempdir().unwrap();
-        let file = Utf8Path::from_path(directory.path()).unwrap().join("a,b.qcow2");
+        let file = Utf8Path::from_path(directory.path()).unwrap().join("a,b.img");
         std::fs::write(&file, "").unwrap();
         assert_eq!(read(file.as_str()), own(&[(file.as_str(), "")]), "one that is there is itself");
     }
@@ -434,15 +425,9 @@ mod tests {
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {
-        SeenDisk {
-            target: Target::new(target).unwrap(),
-            address: path.into(),
-            format: "qcow2".to_owned(),
-            left_out: left_out.map(str::to_owned),
-            guest_writes: left_out.is_none(),
-            member: None,
-            no_internal: None,
-        }
+        SeenDisk::new(Target::new(target).unwrap(), path, "fake")
+            .left_out(left_out.map(str::to_owned))
+            .guest_writes(left_out.is_none())
     }
 
     /// A running domain's disks are taken, and its other drives are reported, each with the reason.
@@ -483,10 +468,14 @@ mod tests {
     #[test]
     fn image_with_another_name_is_refused() {
         let mut spec = DomainSpec::new(DomainName::new("web").unwrap());
-        let vda = drive("vda", Utf8Path::new("/nowhere/root.qcow2"), None);
+        let vda = drive("vda", Utf8Path::new("/nowhere/root.img"), None);
         let error = spec.disks_of(&seen(vec![vda])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.advice().unwrap().contains("absolute paths"), "{error}");
+        let known = Obstacle::new("it is a temporary file", "start it without");
+        let vda = drive("vda", Utf8Path::new("/nowhere/root.img"), None).if_missing(Some(known));
+        let error = spec.disks_of(&seen(vec![vda])).unwrap_err();
+        assert_eq!((error.message(), error.advice()), ("it is a temporary file", Some("start it without")));
         assert!(spec.disks.is_empty());
     }
 }

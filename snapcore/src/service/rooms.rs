@@ -38,7 +38,7 @@ pub(super) struct Rooms {
 impl Rooms {
     pub(super) fn new(catalogue: Arc<dyn Catalogue>, registry: Registry, host: Option<Host>) -> Self {
         let (registry, events) = (Arc::new(registry), Events::default());
-        let records = Records::new(catalogue.clone());
+        let records = Records::new(catalogue.clone(), registry.clone());
         let authority = Authority::new(records.clone(), registry.clone());
         let importer = Importer::new(records.clone(), registry.clone(), authority.clone(), host.clone());
         let locator = Locator::new(records.clone(), registry.clone(), importer.clone(), host.clone());

@@ -215,15 +215,15 @@ fn fields_of_a_newer_program_are_ignored() {
 fn addresses_in_manifests_are_read() {
     let domain = |address: &str| {
         let content = format!(
-            r#"{{"revision":3,"name":"web","unregistered":false,"hypervisor":"none","active_path":"keep","disks":[{{"target":"vda","path":"{address}","format":"qcow2","active":"a.ds-0123abcd.qcow2","owned":["a.ds-0123abcd.qcow2"]}}],"current":null}}"#
+            r#"{{"revision":3,"name":"web","unregistered":false,"hypervisor":"none","active_path":"keep","disks":[{{"target":"vda","path":"{address}","format":"fake","active":"a.ds-0123abcd.img","owned":["a.ds-0123abcd.img"]}}],"current":null}}"#
         );
         let crc = crc32fast::hash(content.as_bytes());
         open_domain(format!(r#"{{"domsnap-manifest":1,"crc32":"{crc:08x}","content":{content}}}"#).as_bytes())
     };
     let disk = |address: &str| domain(address).unwrap().domain.disks[0].disk.clone();
-    assert_eq!(disk("/vm/a.qcow2").local().unwrap(), "/vm/a.qcow2");
+    assert_eq!(disk("/vm/a.img").local().unwrap(), "/vm/a.img");
     assert_eq!((disk("rbd:pool/a").local(), disk("rbd:pool/a").address.as_str()), (None, "rbd:pool/a"));
-    for bad in ["a.qcow2", "/vm/../a", "rbd:", r"rbd:a\u0007"] {
+    for bad in ["a.img", "/vm/../a", "rbd:", r"rbd:a\u0007"] {
         domain(bad).unwrap_err();
     }
 }

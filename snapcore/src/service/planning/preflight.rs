@@ -26,7 +26,7 @@ use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 use super::Planning;
 use super::live::memory_directory_of;
 use super::probe::{MAKE_ROOM, Needs, Probe, no_room};
-use crate::backend::FileUses;
+use crate::backend::{AdviceOn, FileUses};
 use crate::domain::{DiskRecord, Domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::Item;
@@ -80,7 +80,8 @@ impl Planning {
             for step in plan.steps_of(&record.disk.target) {
                 uses.extend(backend.uses(record, step));
             }
-            names_fit(record, &uses)?;
+            let without_files = || backend.advice(record, AdviceOn::NewFiles);
+            names_fit(record, &uses, &without_files)?;
             for file in &uses.writes {
                 if file_id(file).is_some_and(|id| !open.contains(&id)) {
                     is_writable(record, file)?;
@@ -90,7 +91,7 @@ impl Planning {
                 can_be_renamed(record, file)?;
             }
             for file in uses.renames.iter().chain(&uses.links) {
-                can_get_names(record, file)?;
+                can_get_names(record, file, &without_files)?;
             }
             for directory in uses.makes.iter().chain(&uses.renames).filter_map(|file| file.parent()) {
                 if let Some((name, letter)) = flag_of(directory) {
@@ -270,7 +271,7 @@ fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
     }
 }
 
-fn names_fit(record: &DiskRecord, uses: &FileUses) -> Result<()> {
+fn names_fit(record: &DiskRecord, uses: &FileUses, without_files: &dyn Fn() -> Option<String>) -> Result<()> {
     for file in &uses.makes {
         let (Some(directory), Some(made)) = (file.parent(), file.file_name()) else { continue };
         // An error of a directory that cannot be examined is reported by the step that works in it.
@@ -291,9 +292,14 @@ fn names_fit(record: &DiskRecord, uses: &FileUses) -> Result<()> {
             ),
         )
         .state("no changes made")
-        .advise("give the image a shorter name, or take the snapshot with --internal, which makes no files"));
+        .advise(either("give the image a shorter name", without_files())));
     }
     Ok(())
+}
+
+/// Joins advice that is good for every format and the backend's own.
+fn either(advice: &str, of_backend: Option<String>) -> String {
+    of_backend.map_or(advice.to_owned(), |other| format!("{advice}, or {other}"))
 }
 
 fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
@@ -322,7 +328,11 @@ fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
 }
 
 /// Checks that no flag prevents the file from getting or losing a name, and that it is no mount point.
-fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
+fn can_get_names(
+    record: &DiskRecord,
+    file: &Utf8Path,
+    without_files: &dyn Fn() -> Option<String>,
+) -> Result<()> {
     if let Some((name, letter)) = flag_of(file) {
         return Err(flagged(record.disk.target.as_str(), file, name, letter));
     }
@@ -332,9 +342,7 @@ fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
             format!("{}: {file} is a mount point, whose name cannot be moved", record.disk.target),
         )
         .state("no changes made")
-        .advise(
-            "mount the directory that it is in instead of the one file, or take snapshots with --internal",
-        ));
+        .advise(either("mount the directory that it is in instead of the one file", without_files())));
     }
     Ok(())
 }
@@ -374,4 +382,28 @@ fn flag_of(file: &Utf8Path) -> Option<(&'static str, char)> {
 fn attributes_of(file: &Utf8Path) -> u64 {
     let flags = AtFlags::STATX_DONT_SYNC;
     statx(CWD, file.as_std_path(), flags, StatxFlags::TYPE).map_or(0, |about| about.stx_attributes.bits())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Disk;
+    use crate::name::{LayerName, Target};
+
+    /// A name that does not fit is refused. Only a backend that has another method is quoted with one.
+    #[test]
+    fn long_name_is_refused_with_backends_advice() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8Path::from_path(directory.path()).unwrap().join("x".repeat(250));
+        let disk = Disk::new(Target::new("vda").unwrap(), &path, "fake");
+        let record = DiskRecord::new(disk, LayerName("x".to_owned()));
+        let uses = FileUses { makes: vec![path], ..FileUses::default() };
+        for (of_backend, advice) in [
+            (None, "give the image a shorter name"),
+            (Some("take it inside"), "give the image a shorter name, or take it inside"),
+        ] {
+            let error = names_fit(&record, &uses, &|| of_backend.map(str::to_owned)).unwrap_err();
+            assert_eq!((error.kind(), error.advice()), (ErrorKind::Refused, Some(advice)), "{error}");
+        }
+    }
 }

@@ -29,8 +29,8 @@ pub(super) struct User {
     pub(super) locks: Locks,
 }
 
-/// QEMU's byte locks of a user on a file (`block/file-posix.c`). Byte 100 + N is a permission that is used;
-/// byte 200 + N is one that is not shared with others.
+/// The byte locks by which programs that work on images exclude each other. Byte 100 + N is a permission that
+/// is used; byte 200 + N is one that is not shared with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Locks {
     /// None that excludes another process.

@@ -1,8 +1,7 @@
 //! Other users of a file, as the kernel knows them.
 //!
-//! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs
-//! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
-//! before the cut:
+//! Image locks are advisory: a loop mount and a backup program take none, a hypervisor can be told to take
+//! none, or to share an image. So the kernel is asked before an image is written, and again before the cut:
 //!
 //! | user | found by |
 //! |---|---|
@@ -16,9 +15,9 @@
 //! The user of a partition uses the disk. A backend that knows more of its devices (the number of times one
 //! is opened) asks for itself.
 //!
-//! **Locks.** A program may have QEMU's byte locks on an image that it has open only for reading. A running
-//! QEMU that has the image open is not hindered, but it could not open the image again. So such a program is
-//! refused where the plan detaches the disk.
+//! **Locks.** A program may have byte locks on an image that it has open only for reading. A hypervisor that
+//! has the image open is not hindered, but it could not open the image again. So such a program is refused
+//! where the plan detaches the disk.
 //!
 //! **Relevant users.** Every process that can write a layer of the disk is relevant. A reader is relevant in
 //! two cases:
