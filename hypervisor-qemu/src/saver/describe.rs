@@ -430,7 +430,7 @@ mod tests {
         assert!(to_engine(&["qemu", "-m", "1G"]).is_empty());
     }
 
-    /// A file that QEMU made for `snapshot=on` is told from one that has another name here.
+    /// A file that QEMU made for `snapshot=on` is distinguished from one with another name here.
     #[test]
     fn missing_images_are_explained() {
         let explained = |path: &str| if_missing(&Target::new("vda").unwrap(), Utf8Path::new(path));

@@ -27,6 +27,12 @@ impl Locator {
     /// Connects to the domain where it runs.
     pub(in crate::service) async fn connect(&self, domain: &Domain) -> Result<Option<Live>> {
         if domain.hypervisor.is_none() {
+            // The host is not asked for. It says where a hypervisor runs a domain, and nothing runs this one.
+            // It does not say where the disks' paths are valid: a path may be one of a shared file system,
+            // which any host may work on, and a host that was installed again still has its images. What a
+            // path names here is found by reading it: the chain, the identities of points, and the catalogue
+            // and revision in the manifests beside it are compared with the records. An image that is another
+            // one is refused by those.
             return Ok(None);
         }
         self.require_here(domain)?;

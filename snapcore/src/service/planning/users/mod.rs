@@ -1,6 +1,6 @@
 //! Other users of a file, as the kernel knows them.
 //!
-//! Image locks are advisory: a loop mount and a backup program take none, a hypervisor can be told to take
+//! Image locks are advisory: a loop mount and a backup program take none, a hypervisor can be set to take
 //! none, or to share an image. So the kernel is asked before an image is written, and again before the cut:
 //!
 //! | user | found by |
