@@ -39,11 +39,11 @@ const JOB: &str = "domsnap-hold-";
 /// Prefix of the names of the nodes that store nothing.
 const NODE: &str = "domsnap-hn-";
 
-/// Time limit for each of the two states; after it the guest is stopped without a hold. Long, because a machine
-/// on which these take seconds is the one that loses interrupts.
+/// Time limit for each of the two states; after it the guest is stopped without a hold. Long, because a
+/// machine on which these take seconds is the one that loses interrupts.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Time limit for the threads to become idle. A thread that somebody else's work keeps from sleeping for so
+/// Time limit for the threads to become idle. A thread that other work keeps from sleeping for so
 /// long ends its rounds all the same.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -235,11 +235,11 @@ async fn idle(machine: &Machine) -> Result<()> {
     }
 }
 
-/// Returns true if a thread sleeps in the wait for events. One that sleeps because another thread holds a lock
-/// is in the middle of a round.
+/// Returns true if a thread sleeps in the wait for events. One that sleeps because another thread holds a
+/// lock is in the middle of a round.
 fn waits_for_events(pid: u32, thread: u64) -> bool {
     let task = format!("/proc/{pid}/task/{thread}");
-    // A thread that has ended notifies nobody.
+    // A thread that has ended sends no notification.
     let Ok(stat) = std::fs::read_to_string(format!("{task}/stat")) else { return true };
     // Other users may not read where it sleeps: then its state has to do.
     let place = std::fs::read_to_string(format!("{task}/wchan")).unwrap_or_default();

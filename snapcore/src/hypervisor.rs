@@ -888,6 +888,7 @@ impl Obstacle {
 /// # Ok::<(), snapcore::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[schemars(description = "Properties of a hypervisor, on which plans and settings of its domains depend.")]
 #[non_exhaustive]
 pub struct HypervisorProfile {
     /// The name under which domains are recorded, and with which addresses begin.

@@ -38,6 +38,9 @@ use crate::step::{Edit, Group, Step};
 /// # Ok::<(), snapcore::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(
+    description = "A whole operation on a domain. The planner makes it, the engine carries it out, `--dry-run` prints it."
+)]
 #[non_exhaustive]
 pub struct Plan {
     /// Kind of the operation: "create", "revert", "delete", "tidy".
