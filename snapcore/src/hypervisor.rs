@@ -684,16 +684,19 @@ setters!(AttachedMerge {
 /// A hypervisor implements it, and a backend's steps use it:
 ///
 /// ```no_run
-/// use snapcore::hypervisor::AttachedMerge;
 /// use snapcore::backend::StepContext;
-/// use snapcore::{ErrorKind, Error, Result};
+/// use snapcore::hypervisor::AttachedMerge;
+/// use snapcore::{Error, ErrorKind, Result};
 ///
-/// /// Merges the layer `upper` into `lower`, below the active image. async fn merge(context:
-/// StepContext<'_>, lower: &str, upper: &str) -> Result<()> { let Some(attached) = context.attached else {
-/// return Err(Error::new(ErrorKind::Internal, "the domain does not run, and the image is ours to write")); };
-/// let run = vec![lower.into(), upper.into()]; let merge = AttachedMerge::new(run,
-/// lower).string(Some(lower.to_owned())); attached.merge(&merge, context.inside, context.progress,
-/// context.cancel).await }
+/// /// Merges the layer `upper` into `lower`, below the active image.
+/// async fn merge(context: StepContext<'_>, lower: &str, upper: &str) -> Result<()> {
+///     let Some(attached) = context.attached else {
+///         return Err(Error::new(ErrorKind::Internal, "no hypervisor has the images open"));
+///     };
+///     let run = vec![lower.into(), upper.into()];
+///     let merge = AttachedMerge::new(run, lower).string(Some(lower.to_owned()));
+///     attached.merge(&merge, context.inside, context.progress, context.cancel).await
+/// }
 /// ```
 #[async_trait]
 pub trait AttachedDisk: Send + Sync {
@@ -1004,13 +1007,22 @@ impl HypervisorProfile {
 /// use snapcore::hypervisor::VmStateSaver;
 /// use snapcore::{Domain, DomainName, Result};
 ///
-/// /// Shows the domains that run, and if their memory can be saved. async fn show(saver: &dyn VmStateSaver)
-/// -> Result<()> { let profile = saver.profile(); for (control, seen) in saver.scan().await? {
-/// println!("{}:{} {}", profile.name, control.address, seen.summary); let name =
-/// DomainName::new(seen.name.unwrap_or("unnamed".to_owned()))?; let domain = Domain::new(name,
-/// Vec::new()).hypervisor(profile.name.clone()).control(Some(control)); // It may have ended since. let
-/// Some(live) = saver.connect(&domain).await? else { continue }; if let Some(obstacle) =
-/// live.cannot_save_memory() { println!("  no memory: {}; {}", obstacle.why, obstacle.advice); } } Ok(()) }
+/// /// Shows the domains that run, and if their memory can be saved.
+/// async fn show(saver: &dyn VmStateSaver) -> Result<()> {
+///     let profile = saver.profile();
+///     for (control, seen) in saver.scan().await? {
+///         println!("{}:{} {}", profile.name, control.address, seen.summary);
+///         let name = DomainName::new(seen.name.unwrap_or("unnamed".to_owned()))?;
+///         let domain = Domain::new(name, Vec::new());
+///         let domain = domain.hypervisor(profile.name.clone()).control(Some(control));
+///         // It may have ended since.
+///         let Some(live) = saver.connect(&domain).await? else { continue };
+///         if let Some(obstacle) = live.cannot_save_memory() {
+///             println!("  no memory: {}; {}", obstacle.why, obstacle.advice);
+///         }
+///     }
+///     Ok(())
+/// }
 /// ```
 #[async_trait]
 pub trait VmStateSaver: Send + Sync {
