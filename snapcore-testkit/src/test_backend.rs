@@ -22,7 +22,7 @@ use snapcore::{ActivePath, DiskRecord};
 /// processes.
 pub trait TestBackend: Send + Sync + 'static {
     /// The backend, as a process that starts now has it: it knows of a disk what is stored with the disk.
-    /// [`AnyDiskSnapshotter::of`] makes it of a backend with actions of its own type.
+    /// `AnyDiskSnapshotter::of` makes it of a backend with actions of its own type.
     fn backend(&self) -> Arc<AnyDiskSnapshotter>;
 
     /// Makes a disk in `dir` that holds exactly `content`, and returns the path that a domain's configuration
