@@ -7,11 +7,13 @@
 //! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request runs until `go`, or for N seconds |
 //! | `{"do":"go","hold":NUMBER}` | `{}` |
 //! | `{"do":"swap","image":PATH}` | `{"generation":N}` |
+//! | `{"do":"detach","label":TEXT}` | `{"generation":N}`: the image is closed; requests wait |
+//! | `{"do":"attach","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
 //! | `{"do":"merge","into":PATH}` | `{"generation":N}` |
 //!
-//! The last three take the number of the caller's hold as `hold`. `swap` and `snapshot` can be repeated: if
-//! the image is served already, nothing happens. An answer is `{"ok":...}` or `{"error":{"kind":...,
+//! `swap`, `snapshot` and `merge` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
+//! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is `{"ok":...}` or `{"error":{"kind":...,
 //! "message":...}}`. Only this user and root are answered.
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -46,6 +48,8 @@ pub(crate) enum ControlRequest {
     Hold { seconds: Option<u64> },
     Go { hold: u64 },
     Swap { image: Utf8PathBuf, hold: Option<u64> },
+    Detach { label: String },
+    Attach { image: Utf8PathBuf },
     Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
     Merge { into: Utf8PathBuf, hold: Option<u64> },
 }
@@ -58,14 +62,17 @@ pub struct ControlInfo {
     pub version: u32,
     /// The process of the server.
     pub pid: u32,
-    /// The path of the image.
+    /// The path of the image; while the disk is detached, that of the previous one.
     pub image: Utf8PathBuf,
     /// Its format.
     pub format: String,
     /// The snapshot that is served, if it is not the current state.
     pub snapshot: Option<String>,
-    /// The files of its chain, the top first.
+    /// The files of its chain, the top first; none while the disk is detached.
     pub layers: Vec<Layer>,
+    /// While the disk is detached: the label that the caller gave.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detached: Option<String>,
     /// Bytes of the disk.
     pub size: u64,
     /// True if the disk cannot be written.
@@ -133,6 +140,19 @@ fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Resul
             require_absolute(&image)?;
             exchange(disk, hold, &image, |_| format.open(&image))
         }
+        ControlRequest::Detach { label } => disk
+            .detach(&label, || format.close())
+            .map(|generation| json!({ "generation": generation })),
+        ControlRequest::Attach { image } => {
+            require_absolute(&image)?;
+            let look = disk.look();
+            let is_there = look.served.is_some_and(|served| is_served(&served, &image));
+            let generation = match is_there {
+                true => look.generation,
+                false => disk.attach(|| format.open(&image))?,
+            };
+            Ok(json!({ "generation": generation }))
+        }
         ControlRequest::Snapshot { child, id, hold } => {
             require_absolute(&child)?;
             exchange(disk, hold, &child, |current| format.snapshot(current, &child, &id))
@@ -153,7 +173,7 @@ fn exchange(
     open: impl FnOnce(&Served) -> Result<Served>,
 ) -> Result<Value> {
     let look = disk.look();
-    let generation = match is_served(&look.served, wanted) {
+    let generation = match look.served.is_some_and(|served| is_served(&served, wanted)) {
         true => look.generation,
         false => disk.exchange(hold, open)?,
     };
@@ -175,16 +195,17 @@ fn require_absolute(path: &Utf8Path) -> Result<()> {
 }
 
 fn info(look: Look) -> ControlInfo {
-    let Look { served, generation, is_held, client } = look;
+    let Look { served, export, path, format, detached, generation, is_held, client } = look;
     ControlInfo {
         version: 1,
         pid: std::process::id(),
-        size: served.image.size(),
-        read_only: served.image.is_read_only(),
-        image: served.path.clone(),
-        format: served.format.clone(),
-        snapshot: served.snapshot.clone(),
-        layers: served.layers.clone(),
+        size: export.size,
+        read_only: export.read_only,
+        image: path,
+        format,
+        snapshot: served.as_ref().and_then(|served| served.snapshot.clone()),
+        layers: served.map(|served| served.layers.clone()).unwrap_or_default(),
+        detached,
         generation,
         held: is_held,
         client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
@@ -210,10 +231,20 @@ fn line(value: &Value) -> Vec<u8> {
 /// each part of it.
 ///
 /// # Errors
-/// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer.
+/// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer; [`ErrorKind::Refused`] for
+/// the server of a user who is neither root nor this one.
 pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value> {
     let failed = |error| Error::io(format!("cannot ask {path}"), error);
     let mut stream = UnixStream::connect(path).map_err(failed)?;
+    // Anybody can listen at a path in a directory of theirs. systemd, which may have made the socket, is root.
+    let peer = peer_of(stream.as_fd()).map_err(failed)?;
+    if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} is the socket of user {}, who is neither root nor this user", peer.uid),
+        )
+        .advise("run the command as the user of the server"));
+    }
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(patience)).map_err(failed)?;
     stream.write_all(&line(request)).map_err(failed)?;

@@ -135,6 +135,9 @@ pub trait Format: Send + Sync {
     /// [`ErrorKind::Busy`] if another process has it; [`ErrorKind::Refused`]; the system's.
     fn open(&self, image: &Utf8Path) -> Result<Served>;
 
+    /// Drops what it still has of the image that was served: its locks are to be given back.
+    fn close(&self) {}
+
     /// Freezes the image that is served, and opens `child`, an image that is backed by it. Creates `child`
     /// if it does not exist. Everything that was acknowledged is durable before this is called.
     ///

@@ -96,6 +96,10 @@ impl Format for VhdFormat {
         self.open_chain(image).map_err(|error| of_backend(&error))
     }
 
+    fn close(&self) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn snapshot(&self, current: &Served, child: &Utf8Path, id: &str) -> nbd_server::Result<Served> {
         if current.image.is_read_only() {
             let message = format!("{} is served read-only", current.path);
