@@ -16,6 +16,7 @@ use snapcore::{
     TagIdentity,
 };
 
+use crate::attached;
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
 use crate::layers::{Limits, VhdChain, bases, file_of, reading};
 use crate::refusal;
@@ -108,8 +109,11 @@ impl DiskSnapshotter for VhdFiles {
     ) -> Result<DiskState> {
         let open = open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
+        let is_served = attached.is_some_and(|attached| attached.is_served());
         blocking(move || {
-            refusal::refuse_open_child(&disk, &open)?;
+            if !is_served {
+                refusal::refuse_open_child(&disk, &open)?;
+            }
             layers::inspect(&VhdChain, &disk, depth, &limits, &open)
         })
         .await
@@ -193,6 +197,11 @@ impl DiskSnapshotter for VhdFiles {
 
     async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
+        if let Some(disk) = context.attached.filter(|disk| disk.is_served() && !open.is_empty())
+            && attached::apply(disk, &open, &step.action, context).await?
+        {
+            return Ok(());
+        }
         self.step(step, context, open, |place, action| place.apply(action))
     }
 

@@ -10,6 +10,8 @@
 //! finds notes of its image adopts them before it serves. After a reboot they are void, and each sector is
 //! the old one or the new one.
 
+mod merge;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use camino::Utf8Path;
+pub use self::merge::ServedMerge;
 use image_files::names::io_error;
 use image_files::{Directory, FileName, Kind, LockMode, lock};
 
@@ -116,6 +119,8 @@ pub struct ServedChain {
 struct State {
     chain: Chain,
     notes: Option<Notes>,
+    /// The image into which the top is being merged.
+    twin: Option<merge::Twin>,
 }
 
 impl ServedChain {
@@ -146,7 +151,7 @@ impl ServedChain {
         }
         let notes = Notes::open(&mut chain, options)?;
         let (size, depth) = (chain.size(), chain.layers().len());
-        let state = Mutex::new(State { chain, notes });
+        let state = Mutex::new(State { chain, notes, twin: None });
         let mut served = Self { state, size, writable: options.writable, files, depth };
         if options.writable {
             served.prepare()?;
@@ -239,8 +244,10 @@ impl ServedChain {
     /// As [`Chain::write_at`].
     pub fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
         let mut state = self.lock();
+        let end = at.saturating_add(buf.len() as u64);
         state.chain.write_at(buf, at)?;
-        state.note(at, at.saturating_add(buf.len() as u64))
+        state.note(at, end)?;
+        state.repeat(at, end, |twin| twin.write_at(buf, at))
     }
 
     /// Makes whole sectors zero. As durable as a write.
@@ -249,8 +256,10 @@ impl ServedChain {
     /// As [`Chain::zero`].
     pub fn zero(&self, at: u64, length: u64) -> Result<()> {
         let mut state = self.lock();
+        let end = at.saturating_add(length);
         state.chain.zero(at, length)?;
-        state.note(at, at.saturating_add(length))
+        state.note(at, end)?;
+        state.repeat(at, end, |twin| twin.zero(at, length))
     }
 
     /// Returns the space of whole sectors. As durable as a write.
@@ -259,6 +268,10 @@ impl ServedChain {
     /// As [`Chain::trim`].
     pub fn trim(&self, at: u64, length: u64) -> Result<()> {
         let mut state = self.lock();
+        if state.twin.is_some() {
+            // The two images could show different things afterwards.
+            return Ok(());
+        }
         state.chain.trim(at, length)?;
         state.note(at, at.saturating_add(length))
     }
@@ -314,6 +327,7 @@ impl State {
 
     fn flush(&mut self) -> Result<()> {
         self.chain.flush()?;
+        self.flush_twin()?;
         match &mut self.notes {
             Some(notes) => notes.clear(),
             None => Ok(()),

@@ -10,9 +10,11 @@
 //! | `{"do":"detach","label":TEXT}` | `{"generation":N}`: the image is closed; requests wait |
 //! | `{"do":"attach","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
-//! | `{"do":"merge","into":PATH}` | `{"generation":N}` |
+//! | `{"do":"merge","run":[PATH, ...],"into":PATH,"rate":BYTES}` | `{}`: it begins; [`ControlInfo::merge`] |
+//! | `{"do":"pivot"}` | `{}`: the merge of the top, which is ready, is done |
+//! | `{"do":"cancel-merge"}` | `{}` |
 //!
-//! `swap`, `snapshot` and `merge` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
+//! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
 //! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is `{"ok":...}` or `{"error":{"kind":...,
 //! "message":...}}`. Only this user and root are answered.
 
@@ -20,6 +22,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -29,7 +32,8 @@ use serde_json::{Value, json};
 pub use crate::disk::MAX_HOLD;
 use crate::disk::{Disk, Look};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Format, Layer, Served};
+use crate::image::{Format, Layer, MergeRequest, Served};
+use crate::merge::{MergeInfo, Merges};
 use crate::sys::peer_of;
 
 /// Bytes of a request.
@@ -51,7 +55,9 @@ pub(crate) enum ControlRequest {
     Detach { label: String },
     Attach { image: Utf8PathBuf },
     Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
-    Merge { into: Utf8PathBuf, hold: Option<u64> },
+    Merge { run: Vec<Utf8PathBuf>, into: Utf8PathBuf, rate: Option<u64> },
+    Pivot {},
+    CancelMerge {},
 }
 
 /// The state of a server.
@@ -81,6 +87,9 @@ pub struct ControlInfo {
     pub generation: u64,
     /// True while requests are held.
     pub held: bool,
+    /// The merge that is on its way, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<MergeInfo>,
     /// The client, if there is one.
     pub client: Option<ClientInfo>,
 }
@@ -93,7 +102,12 @@ pub struct ClientInfo {
 }
 
 /// Answers one connection until it ends.
-pub(crate) fn converse(stream: &UnixStream, disk: &Disk, format: &dyn Format) -> std::io::Result<()> {
+pub(crate) fn converse(
+    stream: &UnixStream,
+    disk: &Arc<Disk>,
+    merges: &Arc<Merges>,
+    format: &dyn Format,
+) -> std::io::Result<()> {
     let peer = peer_of(stream.as_fd())?;
     let own = rustix::process::geteuid().as_raw();
     stream.set_read_timeout(Some(IDLE))?;
@@ -115,7 +129,7 @@ pub(crate) fn converse(stream: &UnixStream, disk: &Disk, format: &dyn Format) ->
             let error = Error::new(ErrorKind::Invalid, "a request is one line of at most 4096 bytes");
             return outgoing.write_all(&line(&answer(Err(error))));
         }
-        let outcome = parse(&request).and_then(|request| carry_out(request, disk, format));
+        let outcome = parse(&request).and_then(|request| carry_out(request, disk, merges, format));
         outgoing.write_all(&line(&answer(outcome)))?;
     }
 }
@@ -126,9 +140,14 @@ pub(crate) fn parse(line: &[u8]) -> Result<ControlRequest> {
         .map_err(|error| Error::new(ErrorKind::Invalid, format!("not a request: {error}")))
 }
 
-fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Result<Value> {
+fn carry_out(
+    request: ControlRequest,
+    disk: &Arc<Disk>,
+    merges: &Arc<Merges>,
+    format: &dyn Format,
+) -> Result<Value> {
     match request {
-        ControlRequest::Info {} => serde_json::to_value(info(disk.look()))
+        ControlRequest::Info {} => serde_json::to_value(info(disk.look(), merges))
             .map_err(|error| Error::new(ErrorKind::Invalid, error.to_string())),
         ControlRequest::Flush {} => disk.flush().map(|()| json!({})),
         ControlRequest::Hold { seconds } => {
@@ -138,11 +157,13 @@ fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Resul
         ControlRequest::Go { hold } => disk.go(hold).map(|()| json!({})),
         ControlRequest::Swap { image, hold } => {
             require_absolute(&image)?;
+            let _none = merges.none()?;
             exchange(disk, hold, &image, |_| format.open(&image))
         }
-        ControlRequest::Detach { label } => disk
-            .detach(&label, || format.close())
-            .map(|generation| json!({ "generation": generation })),
+        ControlRequest::Detach { label } => {
+            let _none = merges.none()?;
+            disk.detach(&label, || format.close()).map(|generation| json!({ "generation": generation }))
+        }
         ControlRequest::Attach { image } => {
             require_absolute(&image)?;
             let look = disk.look();
@@ -155,13 +176,15 @@ fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Resul
         }
         ControlRequest::Snapshot { child, id, hold } => {
             require_absolute(&child)?;
+            let _none = merges.none()?;
             exchange(disk, hold, &child, |current| format.snapshot(current, &child, &id))
         }
-        ControlRequest::Merge { into, hold } => {
-            require_absolute(&into)?;
-            disk.exchange(hold, |current| format.merge(current, &into))
-                .map(|generation| json!({ "generation": generation }))
+        ControlRequest::Merge { run, into, rate } => {
+            run.iter().chain([&into]).try_for_each(|path| require_absolute(path))?;
+            merges.begin(disk, format, MergeRequest { run, into }, rate.unwrap_or(0)).map(|()| json!({}))
         }
+        ControlRequest::Pivot {} => merges.pivot().map(|()| json!({})),
+        ControlRequest::CancelMerge {} => merges.cancel().map(|()| json!({})),
     }
 }
 
@@ -194,7 +217,7 @@ fn require_absolute(path: &Utf8Path) -> Result<()> {
     }
 }
 
-fn info(look: Look) -> ControlInfo {
+fn info(look: Look, merges: &Merges) -> ControlInfo {
     let Look { served, export, path, format, detached, generation, is_held, client } = look;
     ControlInfo {
         version: 1,
@@ -208,6 +231,7 @@ fn info(look: Look) -> ControlInfo {
         detached,
         generation,
         held: is_held,
+        merge: merges.info(),
         client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
     }
 }

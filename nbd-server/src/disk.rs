@@ -313,6 +313,16 @@ impl Disk {
         Ok(self.end_exchange(ours, new))
     }
 
+    /// Does `work` while no request uses the image, and all that it acknowledged is durable. The image stays.
+    pub(crate) fn at_rest<T>(&self, work: impl FnOnce(&Served) -> Result<T>) -> Result<T> {
+        let (_ours, current) = self.begin_exchange(None)?;
+        let Some(current) = current else {
+            return Err(Error::new(ErrorKind::Refused, "the disk is detached: it has no image"));
+        };
+        flush(&current)?;
+        work(&current)
+    }
+
     /// Waits until no request uses the image, and lets none begin before the exchange is over.
     fn begin_exchange(&self, hold: Option<u64>) -> Result<(Exchange<'_>, Option<Arc<Served>>)> {
         let mut state = self.lock();

@@ -177,6 +177,7 @@ fn of_backend(error: &Error) -> nbd_server::Error {
         ErrorKind::Busy => Kind::Busy,
         ErrorKind::Unsupported => Kind::Unsupported,
         ErrorKind::Io | ErrorKind::NoSpace => Kind::Io,
+        ErrorKind::Cancelled => Kind::Cancelled,
         _ => Kind::Refused,
     };
     let mapped = nbd_server::Error::new(kind, error.summary());
