@@ -63,15 +63,7 @@ impl Server {
     /// # Errors
     /// Its error, and those of the connection.
     pub fn ask(&self, request: &Value) -> Result<Value> {
-        let mut stream = UnixStream::connect(format!("{}.control", self.socket.display()))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("{request}\n").as_bytes())?;
-        stream.shutdown(std::net::Shutdown::Write)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let answer: Value = serde_json::from_str(&answer)?;
-        ensure!(answer["error"].is_null(), "{answer}");
-        Ok(answer["ok"].clone())
+        ask(&self.socket, request)
     }
 
     /// Kills it, as the kernel does when memory is short.
@@ -100,6 +92,22 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// Asks the control socket of the server at `socket`.
+///
+/// # Errors
+/// Its error, and those of the connection.
+pub fn ask(socket: &Path, request: &Value) -> Result<Value> {
+    let mut stream = UnixStream::connect(format!("{}.control", socket.display()))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let answer: Value = serde_json::from_str(&answer)?;
+    ensure!(answer["error"].is_null(), "{answer}");
+    Ok(answer["ok"].clone())
 }
 
 impl Drop for Server {
