@@ -88,7 +88,8 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, self.limits.max_depth)
+        // While a server has the disk open; `plan` refuses what QEMU itself has open.
+        Capabilities::new(PointKind::External, self.limits.max_depth).live()
     }
 
     /// QEMU's name of the format is `vpc`.
@@ -161,6 +162,9 @@ impl DiskSnapshotter for VhdFiles {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let capabilities = self.capabilities();
         blocking(move || {
+            if state.attached && !state.served {
+                return chain::unless_tidying(&request, Err(refusal::open_in_qemu(&disk)));
+            }
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 chain::check_overlay_name(&disk, overlay)?;
             }

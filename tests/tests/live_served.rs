@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::domsnap::Domsnap;
 use domsnap_tests::live::{Live, NAME};
-use domsnap_tests::served::{Server, ask};
-use serde_json::json;
+use domsnap_tests::served::Server;
 use testguest::GuestOptions;
 
 /// The servers of a guest, which can be killed and started again.

@@ -74,6 +74,8 @@ impl Planning {
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
             if let Some(live) = live {
                 state.attached = !at_rest && live::is_attached(live, record).await?;
+                let is_served = |disk: &dyn crate::AttachedDisk| disk.is_served();
+                state.served = state.attached && live.disk(&record.disk.target).is_some_and(is_served);
             }
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
