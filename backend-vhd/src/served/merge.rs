@@ -413,3 +413,245 @@ fn file_of(path: &Path) -> Result<Option<(u64, u64)>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::image::{NewImage, TimeStamp, UniqueId, write_into};
+
+    const SIZE: u64 = 16 << 20;
+
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, limit: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % limit
+        }
+    }
+
+    /// A chain of images, the bottom first, each with data of its own in random places.
+    struct Fixture {
+        _directory: tempfile::TempDir,
+        paths: Vec<PathBuf>,
+        model: Vec<u8>,
+        options: ServedOptions,
+    }
+
+    impl Fixture {
+        fn new(layers: usize, seed: u64) -> Self {
+            let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+            let notes = Some(directory.path().join("notes"));
+            let options = ServedOptions { allowed: Vec::new(), writable: true, notes };
+            let mut fixture =
+                Self { paths: Vec::new(), model: vec![0; SIZE as usize], options, _directory: directory };
+            let mut random = Random(seed);
+            let mut below: Option<ParentName> = None;
+            for number in 0..layers {
+                let name = format!("{number}.vhd");
+                let path = fixture._directory.path().join(&name);
+                let id = UniqueId::random();
+                let new = NewImage::new(SIZE).id(id);
+                let new = match below.take() {
+                    Some(below) => new.on(below),
+                    None => new,
+                };
+                let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+                write_into(file, &path, &new).unwrap();
+                below = Some(ParentName { id, time: TimeStamp::now(), relative: name.clone(), name });
+                let mut image = Vhd::open(&path, &OpenOptions::read_write()).unwrap();
+                for _ in 0..40 {
+                    let (at, length) = (random.below(SIZE / 512 - 256) * 512, (1 + random.below(250)) * 512);
+                    let byte = (number as u8 + 1) * 16 + random.below(16) as u8;
+                    image.write_at(&vec![byte; length as usize], at).unwrap();
+                    fixture.model[at as usize..(at + length) as usize].fill(byte);
+                }
+                image.flush().unwrap();
+                drop(image);
+                fixture.paths.push(path);
+            }
+            fixture
+        }
+
+        fn open(&self, layer: usize) -> Arc<ServedChain> {
+            Arc::new(ServedChain::open(&self.paths[layer], &self.options, None).unwrap())
+        }
+
+        fn run(&self, layers: std::ops::RangeInclusive<usize>) -> Vec<PathBuf> {
+            self.paths[layers].to_vec()
+        }
+    }
+
+    fn content(chain: &ServedChain) -> Vec<u8> {
+        let mut bytes = vec![9; SIZE as usize];
+        chain.read_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    /// Merges while another thread writes, zeros and trims. Returns the merge when its data is moved.
+    fn merge_under_load(
+        chain: &Arc<ServedChain>,
+        fixture: &mut Fixture,
+        run: &[PathBuf],
+        into: &Path,
+        seed: u64,
+    ) -> ServedMerge {
+        let mut merge = ServedMerge::new(chain, &fixture.options, run, into).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let model = &mut fixture.model;
+            let done = &done;
+            let writer = scope.spawn(move || {
+                let mut random = Random(seed | 1);
+                let mut after = 100;
+                while after > 0 {
+                    // Some come after the data was moved, before the end.
+                    after -= u64::from(done.load(Ordering::SeqCst));
+                    work(chain, model, &mut random);
+                }
+            });
+            merge.run(&|_| {}, &Moving::quietly()).unwrap();
+            done.store(true, Ordering::SeqCst);
+            writer.join().unwrap();
+        });
+        merge
+    }
+
+    fn work(chain: &ServedChain, model: &mut [u8], random: &mut Random) {
+        let (at, length) = (random.below(SIZE / 512 - 64) * 512, (1 + random.below(60)) * 512);
+        let range = at as usize..(at + length) as usize;
+        match random.below(8) {
+            0 => {
+                chain.zero(at, length).unwrap();
+                model[range].fill(0);
+            }
+            _ => {
+                let byte = random.below(255) as u8 + 1;
+                chain.write_at(&vec![byte; length as usize], at).unwrap();
+                model[range].fill(byte);
+            }
+        }
+        if random.below(50) == 0 {
+            chain.flush().unwrap();
+        }
+    }
+
+    /// Every kind of merge, under load: the disk shows the same, and the merged layers are not in the chain.
+    #[test]
+    fn merges_under_load_keep_the_content() {
+        for (seed, (run, into)) in [
+            (0..=3, 3), // into the top, which has no parent then
+            (1..=3, 3), // into the top
+            (1..=3, 1), // the top into a lower one
+            (0..=3, 0), // the top into the base
+            (1..=2, 1), // below the top, down
+            (1..=2, 2), // below the top, up
+            (0..=2, 0),
+            (0..=2, 2),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut fixture = Fixture::new(4, 77 + seed as u64);
+            let chain = fixture.open(3);
+            let (files, target) = (fixture.run(run.clone()), fixture.paths[into].clone());
+            let mut merge = merge_under_load(&chain, &mut fixture, &files, &target, seed as u64 * 31 + 5);
+            chain.flush().unwrap();
+            let merged = Arc::new(merge.finish().unwrap());
+            drop((merge, chain));
+            assert!(content(&merged) == fixture.model, "{run:?} into {into}");
+            assert_eq!(merged.files().len(), 4 - (run.end() - run.start()), "{run:?} into {into}");
+            let mut random = Random(99);
+            for _ in 0..100 {
+                work(&merged, &mut fixture.model, &mut random);
+            }
+            merged.flush().unwrap();
+            drop(merged);
+            // At rest, without the layers that were merged.
+            for layer in run.clone().filter(|layer| *layer != into) {
+                std::fs::remove_file(&fixture.paths[layer]).unwrap();
+            }
+            let top = if *run.end() == 3 { into } else { 3 };
+            let chain = fixture.open(top);
+            assert!(content(&chain) == fixture.model, "{run:?} into {into}, opened again");
+            for layer in &fixture.paths {
+                let Ok(mut image) = Vhd::open(layer, &OpenOptions::read_only().unlocked()) else { continue };
+                image.require_sound().unwrap();
+            }
+        }
+    }
+
+    /// From the end of the move until the pivot, a process that dies leaves both images with every write that
+    /// was acknowledged, without a flush.
+    #[test]
+    fn both_images_are_complete_before_the_pivot() {
+        for opened in [3, 1] {
+            let mut fixture = Fixture::new(4, 4711);
+            let chain = fixture.open(3);
+            let (files, target) = (fixture.run(1..=3), fixture.paths[1].clone());
+            let merge = merge_under_load(&chain, &mut fixture, &files, &target, 12345);
+            let mut random = Random(54321);
+            for _ in 0..200 {
+                work(&chain, &mut fixture.model, &mut random);
+            }
+            // Nothing more is written, as when the process is killed.
+            drop((merge, chain));
+            assert!(content(&fixture.open(opened)) == fixture.model, "opened from layer {opened}");
+        }
+    }
+
+    /// A merge that is cancelled, or whose process dies in the middle, leaves the disk as it was, and is done by
+    /// a repetition.
+    #[test]
+    fn interrupted_merge_is_repeated() {
+        for (run, into) in [(1..=3, 3), (1..=3, 1), (1..=2, 1), (1..=2, 2)] {
+            let mut fixture = Fixture::new(4, 815);
+            let chain = fixture.open(3);
+            let (files, target) = (fixture.run(run.clone()), fixture.paths[into].clone());
+            let mut merge = ServedMerge::new(&chain, &fixture.options, &files, &target).unwrap();
+            let moved = std::cell::Cell::new(0);
+            let moving = Moving {
+                progress: &|bytes| moved.set(moved.get() + bytes),
+                cancelled: &|| moved.get() > 0,
+            };
+            let error = merge.run(&|_| {}, &moving).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Cancelled, "{run:?} into {into}: {error}");
+            drop(merge);
+            let mut random = Random(1);
+            for _ in 0..100 {
+                work(&chain, &mut fixture.model, &mut random);
+            }
+            drop(chain);
+            let chain = fixture.open(3);
+            assert!(content(&chain) == fixture.model, "{run:?} into {into}");
+            let mut merge = merge_under_load(&chain, &mut fixture, &files, &target, 5);
+            chain.flush().unwrap();
+            let merged = merge.finish().unwrap();
+            assert!(content(&merged) == fixture.model, "{run:?} into {into}, repeated");
+        }
+    }
+
+    /// Layers that are no run of the chain, and a chain that is only read, are refused.
+    #[test]
+    fn layers_that_are_no_run_are_refused() {
+        let fixture = Fixture::new(4, 3);
+        let chain = fixture.open(2);
+        let new = |run: &[usize], into: usize| {
+            let run: Vec<PathBuf> = run.iter().map(|layer| fixture.paths[*layer].clone()).collect();
+            ServedMerge::new(&chain, &fixture.options, &run, &fixture.paths[into]).map(drop)
+        };
+        new(&[1, 2], 1).unwrap();
+        for (run, into) in [(&[1, 3][..], 1), (&[2, 3], 2), (&[0, 2], 0), (&[0, 1, 2], 1), (&[1], 1), (&[], 1)] {
+            let error = new(run, into).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused, "{run:?}");
+        }
+        let reading = ServedOptions { writable: false, notes: None, ..fixture.options.clone() };
+        drop(chain);
+        let chain = Arc::new(ServedChain::open(&fixture.paths[3], &reading, None).unwrap());
+        assert!(ServedMerge::new(&chain, &reading, &fixture.run(1..=2), &fixture.paths[1]).is_err());
+    }
+}

@@ -72,7 +72,7 @@ pub(super) async fn take(
     let before = machine.run_state().await.map_err(to_engine)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
-    let switches = served::switches(live, step, context.chains)?;
+    let switches = served::switches(live, step, context.domain)?;
     let mut cut = Cut::new();
     // 1) Open the overlays and create the draft while the guest runs: neither changes the disks. A crash here
     //    leaves unused nodes and a draft, which `sweep` and `remove_stale` remove.

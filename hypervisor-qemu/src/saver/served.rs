@@ -17,10 +17,10 @@ use std::{
     time::Duration,
 };
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{ControlInfo, MergeInfo, MergePhase, MergeRequest};
 use snapcore::{
-    AttachedMerge, DiskInstant, DomainContext, Error, ErrorKind, FileIdentity, Inside, OpenChain, Progress,
+    AttachedMerge, DiskInstant, Domain, DomainContext, Error, ErrorKind, FileIdentity, Inside, OpenChain, Progress,
     Result, Target,
 };
 use tokio_util::sync::CancellationToken;
@@ -48,7 +48,7 @@ pub(super) struct Switch<'a> {
 pub(super) fn switches<'a>(
     live: &'a QemuDomain,
     step: CutStep<'a>,
-    chains: &[OpenChain],
+    domain: &Domain,
 ) -> Result<Vec<Switch<'a>>> {
     let mut all = Vec::new();
     for (target, instant) in step.disks {
@@ -61,9 +61,11 @@ pub(super) fn switches<'a>(
         if info.format != *format {
             return Err(wrong_format(target, &info, format));
         }
-        let chain = chains.iter().find(|chain| chain.target == *target);
-        let active = chain.and_then(|chain| chain.layers.first()).map(|layer| layer.address.path());
-        let from = active.map(|active| active.as_std_path().to_owned()).unwrap_or_default();
+        // The permanent name: the configured path names the overlay soon.
+        let record = domain.disk(target);
+        let directory = record.and_then(|record| record.disk.path().parent());
+        let active = record.zip(directory).map(|(record, directory)| directory.join(record.active.as_str()));
+        let from = active.map(Utf8PathBuf::into_std_path_buf).unwrap_or_default();
         require_top(target, &info, &from)?;
         all.push(Switch { target, server, from, to: address.path().as_std_path().to_owned() });
     }
@@ -228,7 +230,7 @@ pub(super) async fn take_off(
                 .advise("restart the server with the disk's configured path, then run `domsnap recover`"));
         }
     };
-    let below = below.and_then(|below| camino::Utf8PathBuf::from_path_buf(below).ok()).ok_or_else(|| {
+    let below = below.and_then(|below| Utf8PathBuf::from_path_buf(below).ok()).ok_or_else(|| {
         let detail = format!("the overlay {overlay} of disk {} has no backing file", disk.target);
         Error::new(ErrorKind::Corrupt, detail)
     })?;
@@ -247,7 +249,7 @@ pub(super) async fn merge(
     cancel: &CancellationToken,
 ) -> Result<()> {
     let request = MergeRequest { run: merge.run.clone(), into: merge.into.clone() };
-    let shown = |file: &camino::Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
+    let shown = |file: &Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
     let run: Vec<String> = merge.run.iter().map(shown).collect();
     carry_out(disk, server, &request, None, inside, progress, cancel).await.map_err(|error| {
         let into = shown(&merge.into);
