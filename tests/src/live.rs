@@ -18,7 +18,7 @@ use testguest::{Guest, GuestOptions};
 use crate::domsnap::{Domsnap, Outcome};
 use crate::qemu;
 use crate::report::{self, Kind, Point};
-use crate::served;
+use crate::served::{self, Servers};
 
 /// The name under which the guest is registered.
 pub const NAME: &str = "live";
@@ -38,6 +38,8 @@ pub struct Live {
     pub guest: Guest,
     state: PathBuf,
     plugins: Option<PathBuf>,
+    /// The servers of those of its disks that are served.
+    pub servers: Servers,
     held: BTreeMap<String, Expected>,
 }
 
@@ -117,9 +119,27 @@ impl Live {
     /// # Errors
     /// What failed, as a message.
     pub fn unregistered(options: GuestOptions) -> Result<Live> {
+        Live::with(options, Servers::default())
+    }
+
+    /// A guest under load whose disk `vda` is a VHD that domsnap serves to QEMU, which waits `reconnect`
+    /// seconds for a server that is gone; registered.
+    ///
+    /// # Errors
+    /// What failed, as a message.
+    pub fn of_served(options: GuestOptions, reconnect: u32) -> Result<Live> {
+        let servers = Servers::default();
+        let theirs = servers.clone();
+        let options = options.served(0, reconnect, move |image, socket| theirs.serve(image, socket));
+        let live = Live::with(options, servers)?;
+        live.register(&[])?;
+        Ok(live)
+    }
+
+    fn with(options: GuestOptions, servers: Servers) -> Result<Live> {
         let guest = options.deadline(Duration::from_secs(60)).start()?;
         let state = guest.dir().join("state");
-        let live = Live { guest, state, plugins: None, held: BTreeMap::new() };
+        let live = Live { guest, state, plugins: None, servers, held: BTreeMap::new() };
         live.load()?;
         Ok(live)
     }

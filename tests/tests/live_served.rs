@@ -1,60 +1,32 @@
 //! A running guest whose disk is a VHD that domsnap serves to QEMU: snapshots with memory, reverts in place,
-//! deletes while it runs, and what a crash of either program leaves.
+//! deletes while it runs, and what a crash of any program leaves.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domsnap::Domsnap;
+use domsnap_tests::domsnap::status;
+use domsnap_tests::live::crash::{Operation, Victim, inject};
 use domsnap_tests::live::{Live, NAME};
-use domsnap_tests::served::Server;
+use domsnap_tests::report;
+use domsnap_tests::served;
+use serde_json::{Value, json};
 use testguest::GuestOptions;
 
-/// The servers of a guest, which can be killed and started again.
-#[derive(Clone, Default)]
-struct Servers(Arc<Mutex<Vec<(PathBuf, PathBuf, Server)>>>);
-
-impl Servers {
-    /// Serves an image with the state directory that [`Live`] uses.
-    fn serve(&self, image: &Path, socket: &Path) -> Result<()> {
-        let state = image.parent().context("no directory")?.join("state");
-        let argument = format!("{},format=vhd", image.display());
-        let server = Server::start(&Domsnap::new(&state), socket, &[&argument])?;
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.push((image.to_owned(), socket.to_owned(), server));
-        Ok(())
-    }
-
-    /// Kills all of them.
-    fn kill(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut places = Vec::new();
-        for (image, socket, mut server) in all.drain(..) {
-            server.kill()?;
-            places.push((image, socket));
-        }
-        Ok(places)
-    }
-
-    /// Kills and starts them, as systemd does.
-    fn restart(&self) -> Result<()> {
-        self.kill()?.iter().try_for_each(|(image, socket)| self.serve(image, socket))
-    }
-}
-
 /// A guest whose disk `vda` is served, and whose `vdb` is a qcow2 image of QEMU's.
-fn guest(reconnect: u32) -> Result<(Live, Servers)> {
-    let servers = Servers::default();
-    let theirs = servers.clone();
-    let options = GuestOptions::new().served(0, reconnect, move |image, socket| theirs.serve(image, socket));
-    Ok((Live::of(options)?, servers))
+fn guest() -> Result<Live> {
+    Live::of_served(GuestOptions::new().disk_mib(48), 30)
 }
 
 /// The disk is found as the VHD that is served; snapshots with memory and of the disks alone are taken at one
-/// instant with a qcow2 disk, and reverted to in place; deletes merge while the guest runs.
+/// instant with a qcow2 disk, and reverted to in place; deletes merge while the guest runs. The server and
+/// its connection stay.
 #[test]
 fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
-    let (mut live, servers) = guest(30)?;
+    let mut live = guest()?;
+    let socket = live.guest.disk(0).with_extension("sock");
+    let who = |info: &Value| (info["pid"].clone(), info["client"].clone());
+    let server = who(&served::ask(&socket, &json!({ "do": "info" }))?);
     let shown = live.domsnap().done(&["domain", "show", NAME])?.stdout;
     ensure!(shown.contains("vda.vhd") && shown.contains("vhd"), "{shown}");
     let first = live.create("first", &[])?;
@@ -72,7 +44,138 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.delete(&["fourth"], &[])?;
     live.revert("third", &[])?;
     live.delete(&["second", "third"], &[])?;
+    let now = served::ask(&socket, &json!({ "do": "info" }))?;
+    ensure!(who(&now) == server, "{now}");
+    ensure!(now["layers"].as_array().is_some_and(|layers| layers.len() == 1), "{now}");
     live.sound()?;
-    drop(servers);
     live.finish()
+}
+
+/// Six snapshots with memory of a guest under load are each of one instant, and the guest waits for the disks
+/// for a moment only.
+#[test]
+fn served_disk_is_cut_in_a_moment() -> Result<()> {
+    let mut live = guest()?;
+    let mut waits = Vec::new();
+    for number in 0..6 {
+        let taken = live.create(&format!("disks-{number}"), &["--disk-only"])?;
+        waits.push(Duration::from_micros(taken.downtime_us.context("no downtime")?));
+    }
+    println!("disks alone: {waits:?}");
+    // A machine that is slow is not wrong: the figures are those of the shortest, and are printed.
+    let shortest = waits.iter().min().context("none was taken")?;
+    ensure!(*shortest < Duration::from_secs(5), "{waits:?}");
+    for number in 0..6 {
+        live.create(&format!("memory-{number}"), &[])?;
+    }
+    for number in [3, 0, 5] {
+        live.revert(&format!("memory-{number}"), &[])?;
+    }
+    live.verify()?;
+    live.finish()
+}
+
+fn there(live: &Live, name: &str) -> Result<bool> {
+    let list = report::list(&live.domsnap(), NAME)?;
+    Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
+}
+
+fn without_x(live: &mut Live) -> Result<()> {
+    match there(live, "x")? {
+        true => live.delete(&["x"], &[]),
+        false => Ok(()),
+    }
+}
+
+fn on_x(live: &mut Live) -> Result<()> {
+    match there(live, "x")? {
+        true => Ok(()),
+        false => live.create("x", &["--disk-only"]).map(drop),
+    }
+}
+
+/// `x` is in the middle of the chain.
+fn under_y(live: &mut Live) -> Result<()> {
+    if !there(live, "x")? {
+        if there(live, "y")? {
+            live.delete(&["y"], &[])?;
+        }
+        live.create("x", &["--disk-only"])?;
+        live.guest.wait_ticks(10)?;
+        live.create("y", &["--disk-only"])?;
+    }
+    Ok(())
+}
+
+fn nothing(_: &mut Live) -> Result<()> {
+    Ok(())
+}
+
+const CREATE: Operation = Operation { args: &["create", "x"], takes: Some("x"), deletes: None, again: without_x };
+const REVERT: Operation = Operation { args: &["revert", "base"], takes: None, deletes: None, again: nothing };
+const DELETE_ACTIVE: Operation =
+    Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
+const DELETE_FROZEN: Operation =
+    Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
+
+macro_rules! killed {
+    ($($test:ident: $operation:ident, $victim:ident, $first:literal, $every:literal;)*) => {$(
+        #[test]
+        fn $test() -> Result<()> {
+            let mut live = guest()?;
+            live.create("base", &[])?;
+            inject(&mut live, &$operation, Victim::$victim, $first, $every)?;
+            live.finish()
+        }
+    )*};
+}
+
+killed! {
+    domsnap_dies_in_a_create: CREATE, Domsnap, 0, 2;
+    domsnap_dies_in_a_revert: REVERT, Domsnap, 0, 2;
+    domsnap_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Domsnap, 0, 1;
+    domsnap_dies_in_a_merge_below_it: DELETE_FROZEN, Domsnap, 0, 2;
+    server_dies_in_a_create: CREATE, Server, 0, 3;
+    server_dies_in_a_revert: REVERT, Server, 0, 3;
+    server_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Server, 0, 2;
+    server_dies_in_a_merge_below_it: DELETE_FROZEN, Server, 1, 3;
+}
+
+/// A guest under load goes on over the death of the server, and nothing is lost. Meanwhile a snapshot is
+/// refused before anything, with what to do.
+#[test]
+fn killed_server_is_waited_for() -> Result<()> {
+    let mut live = guest()?;
+    live.create("before", &[])?;
+    live.servers.kill()?;
+    let refused = live.domsnap().run(&["create", NAME, "x"])?;
+    ensure!(refused.status == Some(status::REFUSED), "{refused}");
+    ensure!(refused.stderr.contains("disk serve"), "{refused}");
+    live.servers.start()?;
+    live.wait_running()?;
+    live.sound()?;
+    live.create("after", &[])?;
+    live.revert("before", &[])?;
+    live.verify()?;
+    live.finish()
+}
+
+/// A disk that another program serves is no disk of the domain: a snapshot without it is refused with the
+/// reason, and taken if it is skipped.
+#[test]
+fn foreign_server_is_refused_by_name() -> Result<()> {
+    let options = GuestOptions::new().disk_mib(48).served(0, 0, |image, socket| {
+        let mut server = Command::new("qemu-nbd");
+        server.args(["--fork", "-t", "-f", "vpc", "-k"]).arg(socket).arg(image);
+        ensure!(server.status()?.success(), "qemu-nbd does not start");
+        Ok(())
+    });
+    let mut live = Live::registered(options, &[])?;
+    let refused = live.domsnap().run(&["create", NAME, "x"])?;
+    ensure!(refused.status == Some(status::REFUSED), "{refused}");
+    ensure!(refused.stderr.contains("vda") && refused.stderr.contains("another program"), "{refused}");
+    live.domsnap().done(&["create", NAME, "x", "--disk", "vda=skip"])?;
+    live.remember("x", (0, u64::MAX / 2))?;
+    live.guest.wait_ticks(3)?;
+    live.guest.expect_no_bad()
 }
