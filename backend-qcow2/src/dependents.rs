@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::is_held_by_others;
 use image_files::layer_name::layer_path;
-use image_files::names::{FileId, file_id, io_error, is_passing_name};
+use image_files::names::{FileId, file_id, io_error, is_of_catalogue, is_passing_name};
 use rustix::io::Errno;
 use snapcore::{
     Base, DiskAddress, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result,
@@ -249,6 +249,9 @@ impl<'a> Search<'a> {
 
     /// Reads one file. The error is the reason for which its backing file is undetermined.
     fn file(&mut self, file: &Path) -> std::result::Result<(), String> {
+        if file.file_name().and_then(|name| name.to_str()).is_some_and(is_of_catalogue) {
+            return Ok(());
+        }
         let unreadable = |error: io::Error| format!("it cannot be read: {error}");
         let metadata = match fs::metadata(file) {
             Ok(metadata) => metadata,

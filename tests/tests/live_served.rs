@@ -5,13 +5,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domsnap::status;
+use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::idle::Idle;
 use domsnap_tests::live::crash::{Operation, Victim, inject};
 use domsnap_tests::live::{Live, NAME};
+use domsnap_tests::qemu;
 use domsnap_tests::report;
 use domsnap_tests::served;
 use serde_json::{Value, json};
-use testguest::GuestOptions;
+use testguest::{GuestOptions, Version};
 
 /// A guest whose disk `vda` is served, and whose `vdb` is a qcow2 image of QEMU's.
 fn guest() -> Result<Live> {
@@ -40,22 +42,31 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.revert("third", &[])?;
     live.verify()?;
     live.domsnap().done(&["check", NAME])?;
+    let now = served::ask(&socket, &json!({ "do": "info" }))?;
+    ensure!(who(&now) == server, "{now}");
     live.delete(&["first"], &[])?;
     live.delete(&["fourth"], &[])?;
     live.revert("third", &[])?;
+    // The domain is ended, and started again on the disks of a snapshot: the server is still there.
+    live.domsnap().done(&["revert", NAME, "second", "--off"])?;
+    live.guest.wait_end()?;
+    live.guest.restart()?;
+    ensure!(live.guest.counters_at_boot().iter().all(Option::is_some), "a disk's counter is not whole");
+    live.load()?;
+    live.sound()?;
     live.delete(&["second", "third"], &[])?;
     let now = served::ask(&socket, &json!({ "do": "info" }))?;
-    ensure!(who(&now) == server, "{now}");
+    ensure!(now["pid"] == server.0, "{now}");
     ensure!(now["layers"].as_array().is_some_and(|layers| layers.len() == 1), "{now}");
     live.sound()?;
     live.finish()
 }
 
-/// Six snapshots with memory of a guest under load are each of one instant, and the guest waits for the disks
-/// for a moment only.
+/// Six snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each of
+/// one instant, and the guest waits for the disks for a moment only.
 #[test]
-fn served_disk_is_cut_in_a_moment() -> Result<()> {
-    let mut live = guest()?;
+fn served_disk_is_cut_with_raw_and_qcow2() -> Result<()> {
+    let mut live = Live::of_served(GuestOptions::new().disk_mib(48).disks(3).raw(&[1]), 30)?;
     let mut waits = Vec::new();
     for number in 0..6 {
         let taken = live.create(&format!("disks-{number}"), &["--disk-only"])?;
@@ -166,16 +177,70 @@ fn killed_server_is_waited_for() -> Result<()> {
 fn foreign_server_is_refused_by_name() -> Result<()> {
     let options = GuestOptions::new().disk_mib(48).served(0, 0, |image, socket| {
         let mut server = Command::new("qemu-nbd");
-        server.args(["--fork", "-t", "-f", "vpc", "-k"]).arg(socket).arg(image);
-        ensure!(server.status()?.success(), "qemu-nbd does not start");
+        server.args(["--fork", "-t", "-f", "vpc", "-k"]).arg(socket).arg("--pid-file");
+        ensure!(server.arg(image.with_extension("pid")).arg(image).status()?.success(), "qemu-nbd does not start");
         Ok(())
     });
-    let mut live = Live::registered(options, &[])?;
+    let mut live = Live::of(options)?;
     let refused = live.domsnap().run(&["create", NAME, "x"])?;
     ensure!(refused.status == Some(status::REFUSED), "{refused}");
     ensure!(refused.stderr.contains("vda") && refused.stderr.contains("another program"), "{refused}");
     live.domsnap().done(&["create", NAME, "x", "--disk", "vda=skip"])?;
     live.remember("x", (0, u64::MAX / 2))?;
     live.guest.wait_ticks(3)?;
-    live.guest.expect_no_bad()
+    live.guest.expect_no_bad()?;
+    live.guest.quit()?;
+    let pid = std::fs::read_to_string(live.guest.disk(0).with_extension("pid"))?;
+    ensure!(Command::new("kill").arg(pid.trim()).status()?.success(), "qemu-nbd is gone already");
+    Ok(())
+}
+
+/// A VHD that QEMU has open itself is not changed while the domain runs: the refusal says how it is served. A
+/// child is refused because QEMU shows zeros, and a fixed VHD as a slice of a raw file because it is one.
+#[test]
+fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
+    let directory = tempfile::Builder::new().prefix("domsnap-vpc-").tempdir()?;
+    let file = |name: &str| directory.path().join(name).display().to_string();
+    let domsnap = Domsnap::new(&directory.path().join("state"));
+    for (name, kind) in [("dynamic", "dynamic"), ("parent", "dynamic"), ("fixed", "fixed")] {
+        let options = format!("force_size=on,subformat={kind}");
+        qemu::img(&["create", "-q", "-f", "vpc", "-o", &options, &file(&format!("{name}.vhd")), "8M"])?;
+    }
+    let parent = format!("{},format=vhd", file("parent.vhd"));
+    domsnap.done(&["disk", "create", &parent, "x"])?;
+    let vpc = |name: &str| format!("driver=vpc,file.driver=file,file.filename={},node-name=v", file(name));
+    let slice = format!(
+        "driver=raw,size={},file.driver=file,file.filename={},node-name=v",
+        8 << 20,
+        file("fixed.vhd")
+    );
+    for (name, node, words) in [
+        ("dynamic", vpc("dynamic.vhd"), &["vpc", "disk serve"][..]),
+        ("child", vpc("parent.vhd"), &["reads zeros", "disk serve"]),
+        ("fixed", slice, &["slice of a file", "disk serve"]),
+    ] {
+        let args = ["-blockdev", &node, "-device", "virtio-blk-pci,drive=v,id=vda"];
+        let mut machine = Idle::start(Version::New, directory.path(), name, &args)?;
+        let image = if name == "child" { "parent.vhd".to_owned() } else { format!("{name}.vhd") };
+        let address = machine.address();
+        let socket = machine.socket().display().to_string();
+        let disk = format!("vda={},format=vhd", file(&image));
+        let add = match name {
+            "child" => vec!["create", &address, "s"],
+            "fixed" => vec!["create", &address, "s"],
+            _ => {
+                domsnap.done(&["domain", "add", name, "--qmp", &socket, "--disk", &disk])?;
+                vec!["create", name, "s"]
+            }
+        };
+        for more in [&["--disk-only"][..], &[]] {
+            let outcome = domsnap.run(&[&add[..], more].concat())?;
+            ensure!(outcome.status == Some(status::REFUSED), "{name}: {outcome}");
+            for word in words {
+                ensure!(outcome.stderr.contains(word), "{name}: {word:?} is not in: {outcome}");
+            }
+        }
+        machine.kill()?;
+    }
+    Ok(())
 }

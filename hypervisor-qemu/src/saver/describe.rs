@@ -256,7 +256,11 @@ fn unfit(
         Some(Behind::Ours(..)) | None => {}
     }
     if open.layers.iter().any(|layer| layer.node.is_slice()) {
-        return Some("its node is a slice of a file (offset or size)".to_owned());
+        return Some(
+            "its node is a slice of a file (offset or size); if the file is a fixed VHD, `domsnap disk serve \
+             FILE,format=vhd` serves it to QEMU"
+                .to_owned(),
+        );
     }
     let Some(root) = open.root().filter(|root| root.file.is_some()) else {
         return Some("its image is not a file with a name on this machine".to_owned());
