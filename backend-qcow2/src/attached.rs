@@ -1,4 +1,5 @@
-//! Steps on images that a hypervisor has open. The hypervisor performs them ([`image_files::merge_attached`]).
+//! Steps on images that a hypervisor has open. The hypervisor performs them
+//! ([`image_files::merge_attached`]).
 
 use image_files::chain::ChainStep;
 use image_files::names::{file_id, same_file};
@@ -27,8 +28,14 @@ pub(crate) async fn apply(
         ChainStep::Merge { run, into, below } => {
             let named = if run.last() == Some(into) { below.as_ref() } else { Some(into) };
             let string = named.map(|layer| backing_string(path, layer));
-            merge_attached(disk, open, AttachedRun { run, into, below: below.as_ref(), string }, &file, context)
-                .await
+            merge_attached(
+                disk,
+                open,
+                AttachedRun { run, into, below: below.as_ref(), string },
+                &file,
+                context,
+            )
+            .await
         }
         ChainStep::DropInternal { layer, tags } if is_open(layer)? && same_file(&file(layer)?, path)? => {
             let file = file(layer)?;

@@ -33,7 +33,9 @@ pub(crate) async fn apply(
             }
             Err(Error::new(
                 ErrorKind::Internal,
-                format!("{child} should have the parent {to} since the merge below it, and its server has it open"),
+                format!(
+                    "{child} should have the parent {to} since the merge below it, and its server has it open"
+                ),
             )
             .state("nothing was changed"))
         }

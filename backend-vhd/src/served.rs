@@ -18,8 +18,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use camino::Utf8Path;
 pub use self::merge::ServedMerge;
+use camino::Utf8Path;
 use image_files::names::io_error;
 use image_files::{Directory, FileName, Kind, LockMode, lock};
 

@@ -87,7 +87,8 @@ impl Behind {
                 );
             }
         };
-        let other = info.client.as_ref().and_then(|client| client.pid).and_then(|pid| u32::try_from(pid).ok());
+        let other =
+            info.client.as_ref().and_then(|client| client.pid).and_then(|pid| u32::try_from(pid).ok());
         match (other, client) {
             (Some(other), Some(client)) if other != client => unknown(
                 format!("its server at {socket} serves process {other}, and not this QEMU ({client})"),
@@ -137,9 +138,12 @@ impl DiskServer {
     pub(crate) fn info(&self) -> Result<ControlInfo> {
         let answer = self.ask(&json!({ "do": "info" }), SOON)?;
         let info: ControlInfo = serde_json::from_value(answer).map_err(|error| {
-            Error::new(ErrorKind::Unsupported, format!("the server at {} is of another version", self.control))
-                .because(error)
-                .advise("restart it: with reconnect-delay its guest waits meanwhile")
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("the server at {} is of another version", self.control),
+            )
+            .because(error)
+            .advise("restart it: with reconnect-delay its guest waits meanwhile")
         })?;
         match info.version {
             1 => Ok(info),
@@ -152,40 +156,40 @@ impl DiskServer {
 
     /// Makes the server go on in `image`, which shows what its image shows now.
     pub(crate) async fn swap(&self, image: &Path) -> Result<()> {
-        self.tell(json!({ "do": "swap", "image": image })).await
+        self.send(json!({ "do": "swap", "image": image })).await
     }
 
     /// Closes the images of the disk. Its requests wait until [`DiskServer::attach`].
     pub(crate) async fn detach(&self, label: &str) -> Result<()> {
-        self.tell(json!({ "do": "detach", "label": label })).await
+        self.send(json!({ "do": "detach", "label": label })).await
     }
 
     /// Opens the chain of `image` for a disk that was detached.
     pub(crate) async fn attach(&self, image: &Path) -> Result<()> {
-        self.tell(json!({ "do": "attach", "image": image })).await
+        self.send(json!({ "do": "attach", "image": image })).await
     }
 
     /// Begins a merge of layers, at most `rate` bytes a second if that is not 0. The same one again changes
     /// nothing.
     pub(crate) async fn begin_merge(&self, request: &MergeRequest, rate: u64) -> Result<()> {
-        self.tell(json!({ "do": "merge", "run": request.run, "into": request.into, "rate": rate })).await
+        self.send(json!({ "do": "merge", "run": request.run, "into": request.into, "rate": rate })).await
     }
 
     /// Ends a merge that waits for its pivot.
     pub(crate) async fn pivot(&self) -> Result<()> {
-        self.tell(json!({ "do": "pivot" })).await
+        self.send(json!({ "do": "pivot" })).await
     }
 
     /// Cancels the merge, if one is on its way.
     pub(crate) async fn cancel_merge(&self) -> Result<()> {
-        self.tell(json!({ "do": "cancel-merge" })).await
+        self.send(json!({ "do": "cancel-merge" })).await
     }
 
     /// Sends a request whose answer does not matter.
-    async fn tell(&self, request: Value) -> Result<()> {
+    async fn send(&self, request: Value) -> Result<()> {
         let server = self.clone();
-        let told = tokio::task::spawn_blocking(move || server.ask(&request, PATIENCE).map(drop));
-        told.await.unwrap_or_else(|error| {
+        let sent = tokio::task::spawn_blocking(move || server.ask(&request, PATIENCE).map(drop));
+        sent.await.unwrap_or_else(|error| {
             Err(Error::new(ErrorKind::Internal, "a thread that asked a server ended").because(error))
         })
     }
@@ -208,7 +212,8 @@ impl DiskServer {
             };
             let mapped = Error::new(kind, about);
             mapped.advise(advice.unwrap_or_else(|| {
-                "start the server again if it is down (`domsnap disk serve`), then run `domsnap recover`".to_owned()
+                "start the server again if it is down (`domsnap disk serve`), then run `domsnap recover`"
+                    .to_owned()
             }))
         })
     }

@@ -3,8 +3,8 @@
 //! **What is durable before what.** A merge of the active image into a lower one moves the configured path at
 //! the pivot. At this point both images show the same, and the guest's writes wait or go to both. The path is
 //! moved, and its directory flushed, before the guest writes to the lower image alone. From then on the merge
-//! is only carried through. If the path cannot be moved, it is moved back before the hypervisor continues with
-//! the upper image.
+//! is only carried through. If the path cannot be moved, it is moved back before the hypervisor continues
+//! with the upper image.
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
@@ -51,23 +51,21 @@ pub async fn merge_attached(
         any_open |= file_id(&file)?.is_some_and(|id| open.contains(&id));
         files.push(file);
     }
-    // If the merge was done before and only not recorded, the hypervisor has only the receiving image open, and
-    // reports that.
+    // If the merge was done before and only not recorded, the hypervisor has only the receiving image open,
+    // and reports that.
     if !any_open {
         return Ok(false);
     }
-    let merge =
-        AttachedMerge { run: files, into: file(into)?, below: below.map(file).transpose()?, string };
+    let merge = AttachedMerge { run: files, into: file(into)?, below: below.map(file).transpose()?, string };
     names::require_own_names(&merge.into, path)?;
     let top = run.last().filter(|top| **top == context.disk.active && *top != into);
     match top.map(|top| layer_path(path, top)) {
-        // With `--active-path=new` the path is the layer's own name and different after each change: it is not
-        // moved.
+        // With `--active-path=new` the path is the layer's own name and different after each change: it is
+        // not moved.
         Some(from) if from != path => {
-            let pivot =
-                Pivot { inside: context.inside, path: path.to_owned(), from, to: merge.into.clone() };
-            // A crash came after the move. The guest's writes wait for the end of the merge, so it must not be
-            // cancelled.
+            let pivot = Pivot { inside: context.inside, path: path.to_owned(), from, to: merge.into.clone() };
+            // A crash came after the move. The guest's writes wait for the end of the merge, so it must not
+            // be cancelled.
             let never_cancelled = CancellationToken::new();
             let cancel = if same_file(&pivot.to, path)? { &never_cancelled } else { context.cancel };
             let merged = disk.merge(&merge, &pivot, context.progress, cancel).await;

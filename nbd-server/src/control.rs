@@ -15,8 +15,8 @@
 //! | `{"do":"cancel-merge"}` | `{}` |
 //!
 //! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
-//! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is `{"ok":...}` or `{"error":{"kind":...,
-//! "message":...}}`. Only this user and root are answered.
+//! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is
+//! `{"ok":...}` or `{"error":{"kind":...,"message":...}}`. Only this user and root are answered.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
@@ -260,7 +260,7 @@ fn line(value: &Value) -> Vec<u8> {
 pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value> {
     let failed = |error| Error::io(format!("cannot ask {path}"), error);
     let mut stream = UnixStream::connect(path).map_err(failed)?;
-    // Anybody can listen at a path in a directory of theirs. systemd, which may have made the socket, is root.
+    // Every user can listen in a directory of their own. systemd, which may have made the socket, is root.
     let peer = peer_of(stream.as_fd()).map_err(failed)?;
     if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
         return Err(Error::new(

@@ -187,8 +187,8 @@ pub trait Merging: Send {
     /// The system's; those of the images.
     fn run(&mut self, watch: &MergeWatch) -> Result<()>;
 
-    /// Returns true if the image that is served becomes another one. From the return of [`Merging::run`] until
-    /// [`Merging::finish`], every write that is acknowledged is in both.
+    /// Returns true if the image that is served becomes another one. From the return of [`Merging::run`]
+    /// until [`Merging::finish`], every write that is acknowledged is in both.
     fn pivots(&self) -> bool;
 
     /// Makes the images above the merged ones depend on the one that received the data, and opens the chain

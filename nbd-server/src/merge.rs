@@ -119,7 +119,9 @@ impl Job {
 }
 
 /// No merge begins as long as it exists.
-pub(crate) struct NoMerge<'a>(#[allow(dead_code, reason = "its life is its use")] MutexGuard<'a, Option<Job>>);
+pub(crate) struct NoMerge<'a>(
+    #[allow(dead_code, reason = "its life is its use")] MutexGuard<'a, Option<Job>>,
+);
 
 impl Merges {
     fn lock(&self) -> MutexGuard<'_, Option<Job>> {

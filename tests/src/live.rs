@@ -410,7 +410,8 @@ fn is_served(path: &Path) -> Result<()> {
 fn checksum(point: &Point) -> Result<u64> {
     if point.layer.extension().is_some_and(|extension| extension == "vhd") {
         // Another reader than domsnap's own.
-        let run = |program: &str| Command::new(program).args(["x", "-so", "-tvhd"]).arg(&point.layer).output();
+        let run =
+            |program: &str| Command::new(program).args(["x", "-so", "-tvhd"]).arg(&point.layer).output();
         let output = run("7zz").or_else(|_| run("7z")).context("7zz is needed: scripts/install-deps")?;
         ensure!(
             output.status.success(),

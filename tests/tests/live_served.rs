@@ -62,8 +62,8 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.finish()
 }
 
-/// Six snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each of
-/// one instant, and the guest waits for the disks for a moment only.
+/// Six snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each
+/// of one instant, and the guest waits for the disks for a moment only.
 #[test]
 fn served_disk_is_cut_with_raw_and_qcow2() -> Result<()> {
     let mut live = Live::of_served(GuestOptions::new().disk_mib(48).disks(3).raw(&[1]), 30)?;
@@ -122,7 +122,8 @@ fn nothing(_: &mut Live) -> Result<()> {
     Ok(())
 }
 
-const CREATE: Operation = Operation { args: &["create", "x"], takes: Some("x"), deletes: None, again: without_x };
+const CREATE: Operation =
+    Operation { args: &["create", "x"], takes: Some("x"), deletes: None, again: without_x };
 const REVERT: Operation = Operation { args: &["revert", "base"], takes: None, deletes: None, again: nothing };
 const DELETE_ACTIVE: Operation =
     Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
@@ -178,7 +179,10 @@ fn foreign_server_is_refused_by_name() -> Result<()> {
     let options = GuestOptions::new().disk_mib(48).served(0, 0, |image, socket| {
         let mut server = Command::new("qemu-nbd");
         server.args(["--fork", "-t", "-f", "vpc", "-k"]).arg(socket).arg("--pid-file");
-        ensure!(server.arg(image.with_extension("pid")).arg(image).status()?.success(), "qemu-nbd does not start");
+        ensure!(
+            server.arg(image.with_extension("pid")).arg(image).status()?.success(),
+            "qemu-nbd does not start"
+        );
         Ok(())
     });
     let mut live = Live::of(options)?;
@@ -214,7 +218,7 @@ fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
         8 << 20,
         file("fixed.vhd")
     );
-    for (name, node, words) in [
+    for (name, node, reasons) in [
         ("dynamic", vpc("dynamic.vhd"), &["vpc", "disk serve"][..]),
         ("child", vpc("parent.vhd"), &["reads zeros", "disk serve"]),
         ("fixed", slice, &["slice of a file", "disk serve"]),
@@ -236,7 +240,7 @@ fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
         for more in [&["--disk-only"][..], &[]] {
             let outcome = domsnap.run(&[&add[..], more].concat())?;
             ensure!(outcome.status == Some(status::REFUSED), "{name}: {outcome}");
-            for word in words {
+            for word in reasons {
                 ensure!(outcome.stderr.contains(word), "{name}: {word:?} is not in: {outcome}");
             }
         }

@@ -7,7 +7,7 @@
 //! | below the top | either end | as at rest, through handles of its own | the child's parent changes |
 //!
 //! Requests are carried out between two steps of a copy. What a step copies is what the chain shows at this
-//! moment, so no write is overtaken.
+//! moment, so no write is lost.
 //!
 //! # What is durable before what
 //! As in a merge at rest ([`crate::image::merge()`]): the top, read through the run, shows the same at every
@@ -220,7 +220,8 @@ impl ServedMerge {
             Course::Frozen { first, last, into, ref below } => {
                 let mut layers = Vec::new();
                 for layer in first..=last {
-                    let options = if layer == into { OpenOptions::read_write() } else { OpenOptions::read_only() };
+                    let options =
+                        if layer == into { OpenOptions::read_write() } else { OpenOptions::read_only() };
                     let opened = Vhd::open(self.path(layer), &options.unlocked())?;
                     let opened = if layer == into { opened.resume()? } else { opened };
                     layers.push(Layer::Vhd(Box::new(opened)));
@@ -295,7 +296,8 @@ impl ServedMerge {
             of.layers().last().map(|top| Arc::clone(top.file()))
         };
         if let Some(file) = target.as_ref().and_then(|target| target.file()) {
-            file.sync_data().map_err(|error| image::Error::io("copied data cannot be made durable", error))?;
+            file.sync_data()
+                .map_err(|error| image::Error::io("copied data cannot be made durable", error))?;
         }
         let mut state = self.chain.lock();
         match &mut state.twin {
@@ -394,9 +396,10 @@ impl State {
 /// Describes the layer `parent` as the parent of the layer `child`.
 fn named(paths: &[PathBuf], raw: &[bool], child: usize, parent: usize) -> Result<Option<ParentName>> {
     let path = |layer: usize| {
-        paths.get(layer).and_then(|path| Utf8Path::from_path(path)).ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, "the path of a layer is not UTF-8")
-        })
+        paths
+            .get(layer)
+            .and_then(|path| Utf8Path::from_path(path))
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the path of a layer is not UTF-8"))
     };
     let (child, file) = (path(child)?, path(parent)?);
     let is_raw = raw.get(parent) == Some(&true);
@@ -460,7 +463,8 @@ mod tests {
                     Some(below) => new.on(below),
                     None => new,
                 };
-                let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+                let file =
+                    std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
                 write_into(file, &path, &new).unwrap();
                 below = Some(ParentName { id, time: TimeStamp::now(), relative: name.clone(), name });
                 let mut image = Vhd::open(&path, &OpenOptions::read_write()).unwrap();
@@ -604,8 +608,8 @@ mod tests {
         }
     }
 
-    /// A merge that is cancelled, or whose process dies in the middle, leaves the disk as it was, and is done by
-    /// a repetition.
+    /// A merge that is cancelled, or whose process dies in the middle, leaves the disk as it was, and is done
+    /// by a repetition.
     #[test]
     fn interrupted_merge_is_repeated() {
         for (run, into) in [(1..=3, 3), (1..=3, 1), (1..=2, 1), (1..=2, 2)] {
@@ -614,10 +618,8 @@ mod tests {
             let (files, target) = (fixture.run(run.clone()), fixture.paths[into].clone());
             let mut merge = ServedMerge::new(&chain, &fixture.options, &files, &target).unwrap();
             let moved = std::cell::Cell::new(0);
-            let moving = Moving {
-                progress: &|bytes| moved.set(moved.get() + bytes),
-                cancelled: &|| moved.get() > 0,
-            };
+            let moving =
+                Moving { progress: &|bytes| moved.set(moved.get() + bytes), cancelled: &|| moved.get() > 0 };
             let error = merge.run(&|_| {}, &moving).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Cancelled, "{run:?} into {into}: {error}");
             drop(merge);
@@ -645,7 +647,9 @@ mod tests {
             ServedMerge::new(&chain, &fixture.options, &run, &fixture.paths[into]).map(drop)
         };
         new(&[1, 2], 1).unwrap();
-        for (run, into) in [(&[1, 3][..], 1), (&[2, 3], 2), (&[0, 2], 0), (&[0, 1, 2], 1), (&[1], 1), (&[], 1)] {
+        for (run, into) in
+            [(&[1, 3][..], 1), (&[2, 3], 2), (&[0, 2], 0), (&[0, 1, 2], 1), (&[1], 1), (&[], 1)]
+        {
             let error = new(run, into).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Refused, "{run:?}");
         }

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use snapcore::{
-    AttachedDisk, AttachedMerge, DiskRecord, Error, ErrorKind, FileIdentity, Inside, OpenLayer, Progress, Result, Target,
-    file_identity,
+    AttachedDisk, AttachedMerge, DiskRecord, Error, ErrorKind, FileIdentity, Inside, OpenLayer, Progress,
+    Result, Target, file_identity,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -333,8 +333,8 @@ pub(super) fn device_of<'a>(
     None
 }
 
-/// Refuses a disk that no device has, if it may be the one of a server that is down: the guest goes on with it
-/// as soon as the server is back.
+/// Refuses a disk that no device has, if it may be the one of a server that is down: the guest goes on with
+/// it as soon as the server is back.
 pub(super) fn refuse_hidden(
     record: &DiskRecord,
     drives: &[BlockDevice],

@@ -20,8 +20,8 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{ControlInfo, MergeInfo, MergePhase, MergeRequest};
 use snapcore::{
-    AttachedMerge, DiskInstant, Domain, DomainContext, Error, ErrorKind, FileIdentity, Inside, OpenChain, Progress,
-    Result, Target,
+    AttachedMerge, DiskInstant, Domain, DomainContext, Error, ErrorKind, FileIdentity, Inside, OpenChain,
+    Progress, Result, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -103,7 +103,8 @@ pub(super) fn require_switched(all: &[Switch<'_>]) -> Result<()> {
 
 /// Refuses a served disk that is detached or only read.
 fn require_in_use(disk: &Disk, server: &DiskServer) -> Result<ControlInfo> {
-    let info = server.info().map_err(|error| error.context(format!("asking the server of disk {}", disk.target)))?;
+    let info =
+        server.info().map_err(|error| error.context(format!("asking the server of disk {}", disk.target)))?;
     let refused = |why: &str| Error::new(ErrorKind::Refused, format!("disk {}: {why}", disk.target));
     match (&info.detached, info.read_only) {
         (Some(_), _) => {
@@ -172,7 +173,8 @@ pub(super) fn preflight(disk: &Disk, server: &DiskServer, chain: &OpenChain, mer
 /// Returns true if a server has this chain open.
 fn is_served(info: &ControlInfo, chain: &OpenChain) -> bool {
     let named = chain.layers.iter().map(|layer| identity(layer.address.path().as_std_path()));
-    let open: Vec<Option<FileIdentity>> = files(info).into_iter().map(|(_, identity)| Some(identity)).collect();
+    let open: Vec<Option<FileIdentity>> =
+        files(info).into_iter().map(|(_, identity)| Some(identity)).collect();
     !open.is_empty() && open == named.collect::<Vec<_>>()
 }
 
@@ -274,8 +276,8 @@ async fn carry_out(
     let is_ours = |info: &ControlInfo| {
         info.merge.as_ref().is_some_and(|merge| is_active(merge) && merge.request == *request)
     };
-    // 1) Go on with a merge that a process began which has stopped. Otherwise look what is open: the server may
-    //    have done it, and only the record of that is missing.
+    // 1) Go on with a merge that a process began which has stopped. Otherwise look what is open: the server
+    //    may have done it, and only the record of that is missing.
     if !is_ours(&info) {
         let open: Vec<FileIdentity> = files(&info).into_iter().map(|(_, identity)| identity).collect();
         let is_open = |file: &Utf8Path| identity(file.as_std_path()).is_some_and(|file| open.contains(&file));
@@ -298,7 +300,9 @@ async fn carry_out(
         let info = server.info()?;
         let Some(merge) = info.merge.filter(|merge| merge.request == *request) else {
             let detail = "the server was restarted in the middle of the merge";
-            return Err(Error::new(ErrorKind::Io, detail).advise("run `domsnap recover`, which repeats the merge"));
+            return Err(
+                Error::new(ErrorKind::Io, detail).advise("run `domsnap recover`, which repeats the merge")
+            );
         };
         progress.bytes(merge.done, merge.total.max(merge.done));
         match merge.phase {
@@ -324,8 +328,8 @@ async fn carry_out(
         }
         tokio::time::sleep(LOOK).await;
     }
-    // 2) Both images show the same, and each write goes to both. So the path may name either of them, whatever
-    //    stops now.
+    // 2) Both images show the same, and each write goes to both. So the path may name either of them,
+    //    whatever stops now.
     inside.run(only).await?;
     // 3) From here on the merge cannot be cancelled.
     let Err(error) = server.pivot().await else { return Ok(()) };

@@ -112,9 +112,9 @@ fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Res
 pub(super) fn require_writable(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     session.ask(session.service.require_closed(image))?;
     let owner = session.ask(session.service.belonging(image))?;
-    // After a crash in the middle of an operation, the configured path names the image that the domain writes,
-    // whatever the catalogue has. Its server must start before the recovery: the guest waits for it, and the
-    // recovery asks it.
+    // After a crash in the middle of an operation, the configured path names the image that the domain
+    // writes, whatever the catalogue has. Its server must start before the recovery: the guest waits for it,
+    // and the recovery asks it.
     let of_path = owner.as_ref().is_some_and(|owner| {
         let record = owner.listing.domain.disk(&owner.target);
         let configured = record.and_then(|record| record.disk.address.local());

@@ -145,7 +145,8 @@ impl Merging for VhdMerge {
 
     fn finish(&mut self) -> nbd_server::Result<Served> {
         let chain = self.merge.finish().map_err(|error| of_backend(&error))?;
-        let top = chain.files().first().and_then(|file| Utf8Path::from_path(file.path()).map(ToOwned::to_owned));
+        let top =
+            chain.files().first().and_then(|file| Utf8Path::from_path(file.path()).map(ToOwned::to_owned));
         self.format.serve(&top.unwrap_or_default(), chain).map_err(|error| of_backend(&error))
     }
 }
