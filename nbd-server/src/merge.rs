@@ -292,3 +292,139 @@ fn finish(disk: &Disk, merging: &mut dyn Merging) -> Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::file::RawFile;
+    use crate::image::Served;
+
+    fn served(path: &str) -> Served {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(512).unwrap();
+        Served {
+            image: Arc::new(RawFile::new(file, 512, false)),
+            path: path.into(),
+            format: "raw".into(),
+            snapshot: None,
+            layers: Vec::new(),
+        }
+    }
+
+    /// A format whose merges run until they are cancelled, or pivot, or fail so many times at their end.
+    struct Fake {
+        endless: bool,
+        pivots: bool,
+        failures: Arc<AtomicUsize>,
+    }
+
+    struct FakeMerge(bool, bool, Arc<AtomicUsize>);
+
+    impl Format for Fake {
+        fn open(&self, _: &camino::Utf8Path) -> Result<Served> {
+            Ok(served("/opened"))
+        }
+
+        fn merge(&self, _: &Served, _: &MergeRequest) -> Result<Box<dyn Merging>> {
+            Ok(Box::new(FakeMerge(self.endless, self.pivots, Arc::clone(&self.failures))))
+        }
+    }
+
+    impl Merging for FakeMerge {
+        fn run(&mut self, watch: &MergeWatch) -> Result<()> {
+            watch.expect(7);
+            watch.moved(7);
+            while self.0 && !watch.is_cancelled() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        }
+
+        fn pivots(&self) -> bool {
+            self.1
+        }
+
+        fn finish(&mut self) -> Result<Served> {
+            match self.2.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+                Ok(_) => Err(Error::new(ErrorKind::Io, "not yet")),
+                Err(_) => Ok(served("/merged")),
+            }
+        }
+    }
+
+    fn begin(endless: bool, pivots: bool, failures: usize) -> (Arc<Merges>, Arc<Disk>, Fake, MergeRequest) {
+        let fake = Fake { endless, pivots, failures: Arc::new(AtomicUsize::new(failures)) };
+        let (merges, disk) = (Arc::<Merges>::default(), Arc::new(Disk::new(served("/first"))));
+        let request = MergeRequest { run: vec!["/a".into(), "/b".into()], into: "/a".into() };
+        merges.begin(&disk, &fake, request.clone(), 0).unwrap();
+        (merges, disk, fake, request)
+    }
+
+    fn wait_for(merges: &Merges, phase: MergePhase) -> MergeInfo {
+        loop {
+            let info = merges.info().unwrap();
+            if info.phase == phase {
+                return info;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A merge below the top ends by itself, and no other exchange begins before.
+    #[test]
+    fn merge_ends_by_itself() {
+        let (merges, disk, ..) = begin(false, false, 0);
+        let info = wait_for(&merges, MergePhase::Done);
+        assert_eq!((info.done, info.total), (7, 7));
+        assert_eq!(disk.look().path, "/merged");
+        merges.none().unwrap();
+    }
+
+    /// A merge of the top waits for its pivot. One that fails there is still ready, and can be repeated.
+    #[test]
+    fn failed_pivot_can_be_repeated() {
+        let (merges, disk, fake, request) = begin(false, true, 1);
+        wait_for(&merges, MergePhase::Ready);
+        assert_eq!(merges.none().err().unwrap().kind(), ErrorKind::Busy);
+        assert_eq!(merges.pivot().unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(disk.look().path, "/first");
+        // The same request joins it.
+        merges.begin(&disk, &fake, request, 0).unwrap();
+        wait_for(&merges, MergePhase::Ready);
+        merges.pivot().unwrap();
+        assert_eq!(disk.look().path, "/merged");
+        merges.pivot().unwrap();
+    }
+
+    /// A merge is cancelled at each phase, and another one is refused meanwhile.
+    #[test]
+    fn merge_is_cancelled() {
+        for endless in [true, false] {
+            let (merges, disk, fake, request) = begin(endless, true, 0);
+            if !endless {
+                wait_for(&merges, MergePhase::Ready);
+            }
+            let other = MergeRequest { into: "/b".into(), ..request.clone() };
+            assert_eq!(merges.begin(&disk, &fake, other, 0).unwrap_err().kind(), ErrorKind::Busy);
+            merges.cancel().unwrap();
+            let info = wait_for(&merges, MergePhase::Failed);
+            assert!(info.error.unwrap().contains("cancelled"));
+            assert_eq!(disk.look().path, "/first");
+            assert_eq!(merges.pivot().unwrap_err().kind(), ErrorKind::Refused);
+            merges.none().unwrap();
+        }
+    }
+
+    /// A limited merge sleeps, and is cancelled all the same.
+    #[test]
+    fn limited_merge_sleeps() {
+        let watch = MergeWatch { rate: 1000, ..MergeWatch::default() };
+        let before = Instant::now();
+        watch.moved(50);
+        assert!(before.elapsed() >= Duration::from_millis(50));
+        watch.cancelled.store(true, Ordering::Relaxed);
+        watch.moved(1 << 40);
+    }
+}

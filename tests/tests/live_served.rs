@@ -11,7 +11,7 @@ use domsnap_tests::live::crash::{Operation, Victim, inject};
 use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::qemu;
 use domsnap_tests::report;
-use domsnap_tests::served;
+use domsnap_tests::served::{self, Server};
 use serde_json::{Value, json};
 use testguest::{GuestOptions, Version};
 
@@ -196,6 +196,43 @@ fn foreign_server_is_refused_by_name() -> Result<()> {
     live.guest.quit()?;
     let pid = std::fs::read_to_string(live.guest.disk(0).with_extension("pid"))?;
     ensure!(Command::new("kill").arg(pid.trim()).status()?.success(), "qemu-nbd is gone already");
+    Ok(())
+}
+
+/// A raw file that is served is a disk of the domain: copies of it are taken and reverted to, and an overlay,
+/// which its server does not write, is refused before anything.
+#[test]
+fn served_raw_file_has_copies_and_no_overlay() -> Result<()> {
+    let directory = tempfile::Builder::new().prefix("domsnap-served-").tempdir()?;
+    let (image, socket) = (directory.path().join("d.raw"), directory.path().join("d.sock"));
+    qemu::img(&["create", "-q", "-f", "raw", &image.display().to_string(), "1M"])?;
+    let domsnap = Domsnap::new(&directory.path().join("state"));
+    let server = Server::start(&domsnap, &socket, &[&format!("{},format=raw", image.display())])?;
+    let node = format!("driver=nbd,server.type=unix,server.path={},node-name=v", socket.display());
+    let machine = Idle::start(
+        Version::New,
+        directory.path(),
+        "raw",
+        &["-blockdev", &node, "-device", "virtio-blk-pci,drive=v,id=vda"],
+    )?;
+    domsnap.done(&["domain", "add", "raw", "--qmp", &machine.socket().display().to_string()])?;
+    let has = |pattern: u8| -> Result<bool> {
+        machine.flush("vda")?;
+        Ok(std::fs::read(&image)?[256 << 10..(256 << 10) + (64 << 10)].iter().all(|byte| *byte == pattern))
+    };
+    machine.write("vda", 1)?;
+    let refused = domsnap.run(&["create", "raw", "s", "--disk-only", "--disk", "vda=overlay"])?;
+    ensure!(refused.status == Some(status::REFUSED) && refused.stderr.contains("overlay"), "{refused}");
+    domsnap.done(&["create", "raw", "s", "--disk", "vda=copy"])?;
+    machine.write("vda", 2)?;
+    ensure!(has(2)?, "the second pattern is not in the image");
+    domsnap.done(&["revert", "raw", "s"])?;
+    ensure!(has(1)?, "the first pattern is not in the image after the revert");
+    machine.write("vda", 3)?;
+    ensure!(has(3)?, "what is written after the revert is not in the image");
+    domsnap.done(&["delete", "raw", "s"])?;
+    machine.quit()?;
+    drop(server);
     Ok(())
 }
 

@@ -161,6 +161,10 @@ impl ServedMerge {
         };
         let merge = Self { chain: Arc::clone(chain), options: options.clone(), paths, course };
         merge.lock(into_at, LockMode::Write)?;
+        // Its parent changes.
+        if last != top && into_at == first {
+            merge.lock(last + 1, LockMode::Write)?;
+        }
         Ok(merge)
     }
 

@@ -89,6 +89,7 @@ async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
             DomainStep::Instant { disks: taken, memory: wanted, quiesce, running, .. } => {
                 disks = true;
                 refuse_internal(live, taken).await?;
+                served::refuse_formats(live, taken)?;
                 memory |= wanted.is_some();
                 if *quiesce == Quiesce::Require
                     && wanted.is_none()

@@ -72,6 +72,22 @@ pub(super) fn switches<'a>(
     Ok(all)
 }
 
+/// Refuses overlays of another format than the server of their disk writes.
+pub(super) fn refuse_formats(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
+    for (target, instant) in disks {
+        let DiskInstant::Overlay { format, .. } = instant else { continue };
+        let Some((disk, server)) = live.disk_of(target).and_then(|disk| Some((disk, disk.server.as_ref()?)))
+        else {
+            continue;
+        };
+        let info = require_in_use(disk, server)?;
+        if info.format != *format {
+            return Err(wrong_format(target, &info, format));
+        }
+    }
+    Ok(())
+}
+
 /// Makes the servers go on in the overlays. The guest is paused. A failure switches all back.
 pub(super) async fn switch(all: &[Switch<'_>]) -> Result<()> {
     for (number, one) in all.iter().enumerate() {
@@ -124,7 +140,9 @@ fn wrong_format(target: &Target, info: &ControlInfo, format: &str) -> Error {
             info.format
         ),
     )
-    .advise("shut the domain down and take the snapshot then, or let QEMU open the image itself")
+    .advise(format!(
+        "take a copy of it, if the format has that (--disk {target}=copy), or leave it out with --disk {target}=skip"
+    ))
 }
 
 fn top(info: &ControlInfo) -> Option<FileIdentity> {
