@@ -144,9 +144,7 @@ impl Disk {
         while state.exchanging {
             state = self.wait(state, None);
         }
-        if state.served.is_none() {
-            return None;
-        }
+        state.served.as_ref()?;
         drop(state);
         Some(self.enter())
     }

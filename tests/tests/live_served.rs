@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use backend_vhd::image::NewImage;
 use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::idle::Idle;
 use domsnap_tests::live::crash::{Operation, Victim, inject};
@@ -62,11 +63,27 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.finish()
 }
 
-/// Six snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each
-/// of one instant, and the guest waits for the disks for a moment only.
+/// Snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each of
+/// one instant.
 #[test]
-fn served_disk_is_cut_with_raw_and_qcow2() -> Result<()> {
-    let mut live = Live::of_served(GuestOptions::new().disk_mib(48).disks(3).raw(&[1]), 30)?;
+fn served_vhd_raw_and_qcow2_are_of_one_instant() -> Result<()> {
+    let mut live = Live::of_served(GuestOptions::new().disk_mib(32).disks(3).raw(&[1]), 30)?;
+    for name in ["a", "b", "c"] {
+        live.create(name, &["--disk", "vdb=copy"])?;
+    }
+    for name in ["b", "a", "c"] {
+        live.revert(name, &[])?;
+    }
+    live.verify()?;
+    live.delete(&["b"], &[])?;
+    live.finish()
+}
+
+/// Six snapshots with memory of a guest under load are each of one instant, and the guest waits for the disks
+/// for a moment only.
+#[test]
+fn served_disk_is_cut_in_a_moment() -> Result<()> {
+    let mut live = guest()?;
     let mut waits = Vec::new();
     for number in 0..6 {
         let taken = live.create(&format!("disks-{number}"), &["--disk-only"])?;
@@ -247,8 +264,10 @@ fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
         let options = format!("force_size=on,subformat={kind}");
         qemu::img(&["create", "-q", "-f", "vpc", "-o", &options, &file(&format!("{name}.vhd")), "8M"])?;
     }
-    let parent = format!("{},format=vhd", file("parent.vhd"));
-    domsnap.done(&["disk", "create", &parent, "x"])?;
+    let (child, parent) = (directory.path().join("child.vhd"), directory.path().join("parent.vhd"));
+    let (child, parent) = (child.as_path().try_into()?, parent.as_path().try_into()?);
+    let name = backend_vhd::parent_name_for(child, parent)?;
+    backend_vhd::write_child(child, parent, &NewImage::new(8 << 20).on(name))?;
     let vpc = |name: &str| format!("driver=vpc,file.driver=file,file.filename={},node-name=v", file(name));
     let slice = format!(
         "driver=raw,size={},file.driver=file,file.filename={},node-name=v",
@@ -257,25 +276,14 @@ fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
     );
     for (name, node, reasons) in [
         ("dynamic", vpc("dynamic.vhd"), &["vpc", "disk serve"][..]),
-        ("child", vpc("parent.vhd"), &["reads zeros", "disk serve"]),
+        ("child", vpc("child.vhd"), &["reads zeros", "disk serve"]),
         ("fixed", slice, &["slice of a file", "disk serve"]),
     ] {
         let args = ["-blockdev", &node, "-device", "virtio-blk-pci,drive=v,id=vda"];
         let mut machine = Idle::start(Version::New, directory.path(), name, &args)?;
-        let image = if name == "child" { "parent.vhd".to_owned() } else { format!("{name}.vhd") };
         let address = machine.address();
-        let socket = machine.socket().display().to_string();
-        let disk = format!("vda={},format=vhd", file(&image));
-        let add = match name {
-            "child" => vec!["create", &address, "s"],
-            "fixed" => vec!["create", &address, "s"],
-            _ => {
-                domsnap.done(&["domain", "add", name, "--qmp", &socket, "--disk", &disk])?;
-                vec!["create", name, "s"]
-            }
-        };
         for more in [&["--disk-only"][..], &[]] {
-            let outcome = domsnap.run(&[&add[..], more].concat())?;
+            let outcome = domsnap.run(&[&["create", &address, "s"][..], more].concat())?;
             ensure!(outcome.status == Some(status::REFUSED), "{name}: {outcome}");
             for word in reasons {
                 ensure!(outcome.stderr.contains(word), "{name}: {word:?} is not in: {outcome}");
