@@ -103,6 +103,18 @@ fn served_disk_is_cut_in_a_moment() -> Result<()> {
     live.finish()
 }
 
+/// A served disk of an I/O thread is drained before the guest is paused, as QEMU's own are.
+#[test]
+fn served_disk_of_an_io_thread_is_cut() -> Result<()> {
+    let mut live = Live::of_served(GuestOptions::new().disk_mib(48).iothreads(1), 30)?;
+    live.create("a", &[])?;
+    live.create("b", &["--disk-only"])?;
+    live.revert("a", &[])?;
+    live.delete(&["b"], &[])?;
+    live.verify()?;
+    live.finish()
+}
+
 fn there(live: &Live, name: &str) -> Result<bool> {
     let list = report::list(&live.domsnap(), NAME)?;
     Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
