@@ -154,15 +154,19 @@ impl ServedChain {
         let state = Mutex::new(State { chain, notes, twin: None });
         let mut served = Self { state, size, writable: options.writable, files, depth };
         if options.writable {
-            served.prepare()?;
+            // The previous chain has had its layers locked since they were looked at.
+            let had = previous.map(|previous| previous.files.as_slice()).unwrap_or_default();
+            let had = had.iter().map(|file| identity(file)).collect::<Result<Vec<_>>>()?;
+            served.prepare(&had)?;
         }
         Ok(served)
     }
 
     /// Makes what a killed server had acknowledged durable, and refuses an image that cannot be written.
-    fn prepare(&mut self) -> Result<()> {
+    /// `had` are files that a chain of this process had open.
+    fn prepare(&mut self, had: &[(u64, u64)]) -> Result<()> {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        state.chain.require_sound_parents()?;
+        state.chain.require_sound_parents(|file| Ok(had.contains(&identity(file)?)))?;
         let Some(top) = state.chain.top_mut() else {
             return Err(Error::new(ErrorKind::ReadOnly, "the top of the chain is not a VHD"));
         };
