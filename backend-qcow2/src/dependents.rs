@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::is_held_by_others;
 use image_files::layer_name::layer_path;
-use image_files::names::{FileId, file_id, io_error, is_passing_name};
+use image_files::names::{FileId, file_id, io_error, is_of_catalogue, is_passing_name};
 use rustix::io::Errno;
 use snapcore::backend::{Base, DiskState, Layer, Undetermined};
 use snapcore::{DiskAddress, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result};
@@ -247,6 +247,9 @@ impl<'a> Search<'a> {
 
     /// Reads one file. The error is the reason for which its backing file is undetermined.
     fn file(&mut self, file: &Path) -> std::result::Result<(), String> {
+        if file.file_name().and_then(|name| name.to_str()).is_some_and(is_of_catalogue) {
+            return Ok(());
+        }
         let unreadable = |error: io::Error| format!("it cannot be read: {error}");
         let metadata = match fs::metadata(file) {
             Ok(metadata) => metadata,
@@ -356,4 +359,39 @@ fn is_nothing(error: &io::Error) -> bool {
 /// Converts a path to text. Bytes that are not UTF-8 become a mark.
 fn shown(path: &Path) -> Utf8PathBuf {
     Utf8PathBuf::from(path.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    use snapcore::{Disk, Target};
+
+    use super::*;
+
+    /// A search that meets a catalogue opens none of its files: closing them would release SQLite's locks.
+    #[test]
+    fn search_leaves_the_locks_of_a_catalogue() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8PathBuf::from_path_buf(directory.path().join("d.qcow2")).unwrap();
+        image::create(path.as_std_path(), &image::NewImage::new(1 << 20)).unwrap();
+        let state = directory.path().join("state");
+        fs::create_dir(&state).unwrap();
+        let index = fs::File::create(state.join("catalogue.db-shm")).unwrap();
+        fcntl_lock(&index, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let is_locked = || {
+            let inode = format!(":{} ", index.metadata().unwrap().ino());
+            let pid = format!(" {} ", std::process::id());
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            locks.lines().any(|line| line.contains("POSIX") && line.contains(&pid) && line.contains(&inode))
+        };
+        assert!(is_locked());
+        let active = LayerName("d.qcow2".to_owned());
+        let disk = Disk::new(Target::new("vda").unwrap(), path, "qcow2");
+        let record = DiskRecord::new(disk, active.clone());
+        let mut found = DiskState::new(record.disk.target.clone(), active, Vec::new());
+        find_dependents(&record, &mut found, &HashSet::new()).unwrap();
+        assert!(is_locked());
+    }
 }

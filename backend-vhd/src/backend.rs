@@ -19,6 +19,7 @@ use snapcore::{
     TagIdentity,
 };
 
+use crate::attached;
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
 use crate::layers::{Limits, VhdChain, bases, file_of, reading};
 use crate::refusal;
@@ -90,7 +91,8 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, self.limits.max_depth)
+        // While a server has the disk open; `plan` refuses what QEMU itself has open.
+        Capabilities::new(PointKind::External, self.limits.max_depth).live()
     }
 
     /// QEMU's name of the format is `vpc`.
@@ -111,8 +113,11 @@ impl DiskSnapshotter for VhdFiles {
     ) -> Result<DiskState> {
         let open = open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
+        let is_served = attached.is_some_and(|attached| attached.is_served());
         blocking(move || {
-            refusal::refuse_open_child(&disk, &open)?;
+            if !is_served {
+                refusal::refuse_open_child(&disk, &open)?;
+            }
             layers::inspect(&VhdChain, &disk, depth, &limits, &open)
         })
         .await
@@ -160,6 +165,9 @@ impl DiskSnapshotter for VhdFiles {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let capabilities = self.capabilities();
         blocking(move || {
+            if state.attached && !state.served {
+                return chain::unless_tidying(&request, Err(refusal::open_in_qemu(&disk)));
+            }
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 chain::check_overlay_name(&disk, overlay)?;
             }
@@ -196,6 +204,11 @@ impl DiskSnapshotter for VhdFiles {
 
     async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
+        if let Some(disk) = context.attached.filter(|disk| disk.is_served() && !open.is_empty())
+            && attached::apply(disk, &open, &step.action, context).await?
+        {
+            return Ok(());
+        }
         self.step(step, context, open, |place, action| place.apply(action))
     }
 

@@ -12,7 +12,7 @@ use image_files::FileIds;
 use image_files::layer_name::layer_path;
 use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
-use image_files::names::{FileId, file_id, io_error, is_passing_name};
+use image_files::names::{FileId, file_id, io_error, is_of_catalogue, is_passing_name};
 use snapcore::backend::{Base, DiskState, Layer, Undetermined};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result};
 
@@ -154,7 +154,7 @@ fn search(
         names.extend(entry.map_err(failed)?.file_name().into_string().ok());
     }
     names.sort();
-    for name in names.iter().filter(|name| !is_passing_name(name)) {
+    for name in names.iter().filter(|name| !is_passing_name(name) && !is_of_catalogue(name)) {
         child(&directory.join(name), limits, layers, undetermined, seen, ids);
     }
     Ok(())

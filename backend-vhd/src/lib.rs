@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attached;
 mod backend;
 pub mod image;
 mod layers;
@@ -15,5 +16,5 @@ mod steps;
 
 pub use backend::{VhdFiles, register};
 pub use layers::find_children;
-pub use served::{ServedChain, ServedOptions, notes_of};
+pub use served::{ServedChain, ServedMerge, ServedOptions, notes_of};
 pub use steps::{parent_name_for, write_child};

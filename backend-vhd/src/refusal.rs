@@ -84,7 +84,25 @@ pub(crate) fn refuse_open_child(record: &DiskRecord, open: &FileIds) -> Result<(
         ),
     )
     .state("no changes made")
-    .advise("shut the domain down at once, and start it on a copy: `domsnap disk materialise` makes one"))
+    .advise(format!(
+        "shut the domain down at once, and start it on the chain as `domsnap disk serve {path},format=vhd --socket SOCKET` serves it"
+    )))
+}
+
+/// The refusal to change an image that a running QEMU has open by its own driver.
+pub(crate) fn open_in_qemu(record: &DiskRecord) -> Error {
+    let path = record.disk.path();
+    Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "{}: the running domain has {path} open by QEMU's own driver vpc, which has no snapshots, and with which QEMU saves no memory",
+            record.disk.target
+        ),
+    )
+    .state("no changes made")
+    .advise(format!(
+        "shut the domain down; then take the snapshot, or serve the disk for the next start (`domsnap disk serve {path},format=vhd --socket SOCKET`) and give QEMU the socket: -blockdev driver=nbd,server.type=unix,server.path=SOCKET,reconnect-delay=30"
+    ))
 }
 
 /// Refuses a parent that an image cannot name, or whose size no VHD can have.

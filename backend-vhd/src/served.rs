@@ -10,12 +10,15 @@
 //! finds notes of its image adopts them before it serves. After a reboot they are void, and each sector is
 //! the old one or the new one.
 
+mod merge;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use self::merge::ServedMerge;
 use camino::Utf8Path;
 use image_files::names::io_error;
 use image_files::{Directory, FileName, Kind, LockMode, lock};
@@ -116,6 +119,8 @@ pub struct ServedChain {
 struct State {
     chain: Chain,
     notes: Option<Notes>,
+    /// The image into which the top is being merged.
+    twin: Option<merge::Twin>,
 }
 
 impl ServedChain {
@@ -146,18 +151,22 @@ impl ServedChain {
         }
         let notes = Notes::open(&mut chain, options)?;
         let (size, depth) = (chain.size(), chain.layers().len());
-        let state = Mutex::new(State { chain, notes });
+        let state = Mutex::new(State { chain, notes, twin: None });
         let mut served = Self { state, size, writable: options.writable, files, depth };
         if options.writable {
-            served.prepare()?;
+            // The previous chain has had its layers locked since they were looked at.
+            let had = previous.map(|previous| previous.files.as_slice()).unwrap_or_default();
+            let had = had.iter().map(|file| identity(file)).collect::<Result<Vec<_>>>()?;
+            served.prepare(&had)?;
         }
         Ok(served)
     }
 
     /// Makes what a killed server had acknowledged durable, and refuses an image that cannot be written.
-    fn prepare(&mut self) -> Result<()> {
+    /// `had` are files that a chain of this process had open.
+    fn prepare(&mut self, had: &[(u64, u64)]) -> Result<()> {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        state.chain.require_sound_parents()?;
+        state.chain.require_sound_parents(|file| Ok(had.contains(&identity(file)?)))?;
         let Some(top) = state.chain.top_mut() else {
             return Err(Error::new(ErrorKind::ReadOnly, "the top of the chain is not a VHD"));
         };
@@ -239,8 +248,10 @@ impl ServedChain {
     /// As [`Chain::write_at`].
     pub fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
         let mut state = self.lock();
+        let end = at.saturating_add(buf.len() as u64);
         state.chain.write_at(buf, at)?;
-        state.note(at, at.saturating_add(buf.len() as u64))
+        state.note(at, end)?;
+        state.repeat(at, end, |twin| twin.write_at(buf, at))
     }
 
     /// Makes whole sectors zero. As durable as a write.
@@ -249,8 +260,10 @@ impl ServedChain {
     /// As [`Chain::zero`].
     pub fn zero(&self, at: u64, length: u64) -> Result<()> {
         let mut state = self.lock();
+        let end = at.saturating_add(length);
         state.chain.zero(at, length)?;
-        state.note(at, at.saturating_add(length))
+        state.note(at, end)?;
+        state.repeat(at, end, |twin| twin.zero(at, length))
     }
 
     /// Returns the space of whole sectors. As durable as a write.
@@ -259,6 +272,10 @@ impl ServedChain {
     /// As [`Chain::trim`].
     pub fn trim(&self, at: u64, length: u64) -> Result<()> {
         let mut state = self.lock();
+        if state.twin.is_some() {
+            // The two images could show different things afterwards.
+            return Ok(());
+        }
         state.chain.trim(at, length)?;
         state.note(at, at.saturating_add(length))
     }
@@ -314,6 +331,7 @@ impl State {
 
     fn flush(&mut self) -> Result<()> {
         self.chain.flush()?;
+        self.flush_twin()?;
         match &mut self.notes {
             Some(notes) => notes.clear(),
             None => Ok(()),

@@ -43,6 +43,7 @@ mod qcow2;
 pub mod quiesce;
 mod run_state;
 mod saver;
+mod server;
 
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use guest_clock::set_guest_clock;

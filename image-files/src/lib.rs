@@ -17,6 +17,7 @@
 
 #![deny(unsafe_code)]
 
+mod attached;
 mod blocking;
 pub mod chain;
 mod configured_path;
@@ -33,6 +34,7 @@ pub mod names;
 mod salvage;
 mod size;
 
+pub use attached::{AttachedRun, merge_attached};
 pub use blocking::{blocking, in_place};
 pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};

@@ -353,6 +353,13 @@ pub fn is_passing_name(file_name: &str) -> bool {
         && (file_name.ends_with(".domsnap-switch") || file_name.ends_with(".domsnap-new"))
 }
 
+/// Returns true for a file of the catalogue's database. It must not be opened beside the database: when a
+/// process closes any descriptor of such a file, the kernel releases all locks that SQLite has on it in this
+/// process.
+pub fn is_of_catalogue(file_name: &str) -> bool {
+    matches!(file_name, "catalogue.db" | "catalogue.db-wal" | "catalogue.db-shm")
+}
+
 /// Makes `path` name the file at `to`, atomically for every observer. If it does already, only leftovers of
 /// an interrupted attempt are removed.
 pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {

@@ -7,17 +7,22 @@
 //! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request runs until `go`, or for N seconds |
 //! | `{"do":"go","hold":NUMBER}` | `{}` |
 //! | `{"do":"swap","image":PATH}` | `{"generation":N}` |
+//! | `{"do":"detach","label":TEXT}` | `{"generation":N}`: the image is closed; requests wait |
+//! | `{"do":"attach","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
-//! | `{"do":"merge","into":PATH}` | `{"generation":N}` |
+//! | `{"do":"merge","run":[PATH, ...],"into":PATH,"rate":BYTES}` | `{}`: it begins; [`ControlInfo::merge`] |
+//! | `{"do":"pivot"}` | `{}`: the merge of the top, which is ready, is done |
+//! | `{"do":"cancel-merge"}` | `{}` |
 //!
-//! The last three take the number of the caller's hold as `hold`. `swap` and `snapshot` can be repeated: if
-//! the image is served already, nothing happens. An answer is `{"ok":...}` or `{"error":{"kind":...,
-//! "message":...}}`. Only this user and root are answered.
+//! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
+//! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is
+//! `{"ok":...}` or `{"error":{"kind":...,"message":...}}`. Only this user and root are answered.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -27,7 +32,8 @@ use serde_json::{Value, json};
 pub use crate::disk::MAX_HOLD;
 use crate::disk::{Disk, Look};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Format, Layer, Served};
+use crate::image::{Format, Layer, MergeRequest, Served};
+use crate::merge::{MergeInfo, Merges};
 use crate::sys::peer_of;
 
 /// Bytes of a request.
@@ -46,8 +52,12 @@ pub(crate) enum ControlRequest {
     Hold { seconds: Option<u64> },
     Go { hold: u64 },
     Swap { image: Utf8PathBuf, hold: Option<u64> },
+    Detach { label: String },
+    Attach { image: Utf8PathBuf },
     Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
-    Merge { into: Utf8PathBuf, hold: Option<u64> },
+    Merge { run: Vec<Utf8PathBuf>, into: Utf8PathBuf, rate: Option<u64> },
+    Pivot {},
+    CancelMerge {},
 }
 
 /// The state of a server.
@@ -58,14 +68,17 @@ pub struct ControlInfo {
     pub version: u32,
     /// The process of the server.
     pub pid: u32,
-    /// The path of the image.
+    /// The path of the image; while the disk is detached, that of the previous one.
     pub image: Utf8PathBuf,
     /// Its format.
     pub format: String,
     /// The snapshot that is served, if it is not the current state.
     pub snapshot: Option<String>,
-    /// The files of its chain, the top first.
+    /// The files of its chain, the top first; none while the disk is detached.
     pub layers: Vec<Layer>,
+    /// While the disk is detached: the label that the caller gave.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detached: Option<String>,
     /// Bytes of the disk.
     pub size: u64,
     /// True if the disk cannot be written.
@@ -74,6 +87,9 @@ pub struct ControlInfo {
     pub generation: u64,
     /// True while requests are held.
     pub held: bool,
+    /// The merge that is on its way, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<MergeInfo>,
     /// The client, if there is one.
     pub client: Option<ClientInfo>,
 }
@@ -86,7 +102,12 @@ pub struct ClientInfo {
 }
 
 /// Answers one connection until it ends.
-pub(crate) fn converse(stream: &UnixStream, disk: &Disk, format: &dyn Format) -> std::io::Result<()> {
+pub(crate) fn converse(
+    stream: &UnixStream,
+    disk: &Arc<Disk>,
+    merges: &Arc<Merges>,
+    format: &dyn Format,
+) -> std::io::Result<()> {
     let peer = peer_of(stream.as_fd())?;
     let own = rustix::process::geteuid().as_raw();
     stream.set_read_timeout(Some(IDLE))?;
@@ -108,7 +129,7 @@ pub(crate) fn converse(stream: &UnixStream, disk: &Disk, format: &dyn Format) ->
             let error = Error::new(ErrorKind::Invalid, "a request is one line of at most 4096 bytes");
             return outgoing.write_all(&line(&answer(Err(error))));
         }
-        let outcome = parse(&request).and_then(|request| carry_out(request, disk, format));
+        let outcome = parse(&request).and_then(|request| carry_out(request, disk, merges, format));
         outgoing.write_all(&line(&answer(outcome)))?;
     }
 }
@@ -119,9 +140,14 @@ pub(crate) fn parse(line: &[u8]) -> Result<ControlRequest> {
         .map_err(|error| Error::new(ErrorKind::Invalid, format!("not a request: {error}")))
 }
 
-fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Result<Value> {
+fn carry_out(
+    request: ControlRequest,
+    disk: &Arc<Disk>,
+    merges: &Arc<Merges>,
+    format: &dyn Format,
+) -> Result<Value> {
     match request {
-        ControlRequest::Info {} => serde_json::to_value(info(disk.look()))
+        ControlRequest::Info {} => serde_json::to_value(info(disk.look(), merges))
             .map_err(|error| Error::new(ErrorKind::Invalid, error.to_string())),
         ControlRequest::Flush {} => disk.flush().map(|()| json!({})),
         ControlRequest::Hold { seconds } => {
@@ -131,17 +157,34 @@ fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Resul
         ControlRequest::Go { hold } => disk.go(hold).map(|()| json!({})),
         ControlRequest::Swap { image, hold } => {
             require_absolute(&image)?;
+            let _none = merges.none()?;
             exchange(disk, hold, &image, |_| format.open(&image))
+        }
+        ControlRequest::Detach { label } => {
+            let _none = merges.none()?;
+            disk.detach(&label, || format.close()).map(|generation| json!({ "generation": generation }))
+        }
+        ControlRequest::Attach { image } => {
+            require_absolute(&image)?;
+            let look = disk.look();
+            let is_there = look.served.is_some_and(|served| is_served(&served, &image));
+            let generation = match is_there {
+                true => look.generation,
+                false => disk.attach(|| format.open(&image))?,
+            };
+            Ok(json!({ "generation": generation }))
         }
         ControlRequest::Snapshot { child, id, hold } => {
             require_absolute(&child)?;
+            let _none = merges.none()?;
             exchange(disk, hold, &child, |current| format.snapshot(current, &child, &id))
         }
-        ControlRequest::Merge { into, hold } => {
-            require_absolute(&into)?;
-            disk.exchange(hold, |current| format.merge(current, &into))
-                .map(|generation| json!({ "generation": generation }))
+        ControlRequest::Merge { run, into, rate } => {
+            run.iter().chain([&into]).try_for_each(|path| require_absolute(path))?;
+            merges.begin(disk, format, MergeRequest { run, into }, rate.unwrap_or(0)).map(|()| json!({}))
         }
+        ControlRequest::Pivot {} => merges.pivot().map(|()| json!({})),
+        ControlRequest::CancelMerge {} => merges.cancel().map(|()| json!({})),
     }
 }
 
@@ -153,7 +196,7 @@ fn exchange(
     open: impl FnOnce(&Served) -> Result<Served>,
 ) -> Result<Value> {
     let look = disk.look();
-    let generation = match is_served(&look.served, wanted) {
+    let generation = match look.served.is_some_and(|served| is_served(&served, wanted)) {
         true => look.generation,
         false => disk.exchange(hold, open)?,
     };
@@ -174,19 +217,21 @@ fn require_absolute(path: &Utf8Path) -> Result<()> {
     }
 }
 
-fn info(look: Look) -> ControlInfo {
-    let Look { served, generation, is_held, client } = look;
+fn info(look: Look, merges: &Merges) -> ControlInfo {
+    let Look { served, export, path, format, detached, generation, is_held, client } = look;
     ControlInfo {
         version: 1,
         pid: std::process::id(),
-        size: served.image.size(),
-        read_only: served.image.is_read_only(),
-        image: served.path.clone(),
-        format: served.format.clone(),
-        snapshot: served.snapshot.clone(),
-        layers: served.layers.clone(),
+        size: export.size,
+        read_only: export.read_only,
+        image: path,
+        format,
+        snapshot: served.as_ref().and_then(|served| served.snapshot.clone()),
+        layers: served.map(|served| served.layers.clone()).unwrap_or_default(),
+        detached,
         generation,
         held: is_held,
+        merge: merges.info(),
         client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
     }
 }
@@ -210,10 +255,20 @@ fn line(value: &Value) -> Vec<u8> {
 /// each part of it.
 ///
 /// # Errors
-/// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer.
+/// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer; [`ErrorKind::Refused`] for
+/// the server of a user who is neither root nor this one.
 pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value> {
     let failed = |error| Error::io(format!("cannot ask {path}"), error);
     let mut stream = UnixStream::connect(path).map_err(failed)?;
+    // Every user can listen in a directory of their own. systemd, which may have made the socket, is root.
+    let peer = peer_of(stream.as_fd()).map_err(failed)?;
+    if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} is the socket of user {}, who is neither root nor this user", peer.uid),
+        )
+        .advise("run the command as the user of the server"));
+    }
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(patience)).map_err(failed)?;
     stream.write_all(&line(request)).map_err(failed)?;

@@ -1,12 +1,20 @@
-//! The image that is served at this moment: the requests that use it, holds, and exchanges.
+//! The image that is served at this moment: the requests that use it, holds, exchanges, and the time without
+//! an image.
 //!
 //! A request uses the image between two calls, after it was received and before it is answered. A hold lets
 //! no further request begin and waits for those that use the image. It ends by itself after its time, so a
 //! client of the control socket that dies never stops a guest for longer.
+//!
+//! A disk that is detached has no image: its files are closed and their locks given back, so that another
+//! process can change them. Its client stays connected. Reads and writes wait for the image that is attached
+//! next, without a limit: there is nothing that could answer them. A flush succeeds, because everything that
+//! was acknowledged became durable before. So a QEMU whose guest is paused is never blocked.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use camino::Utf8PathBuf;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Served;
@@ -24,7 +32,15 @@ pub(crate) struct Disk {
 }
 
 struct State {
-    served: Arc<Served>,
+    /// The image; `None` while the disk is detached.
+    served: Option<Arc<Served>>,
+    /// The properties that the client knows.
+    export: Export,
+    /// What is served, or was served last.
+    path: Utf8PathBuf,
+    format: String,
+    /// The name that the caller gave to the time without an image.
+    detached: Option<String>,
     /// Counts exchanges.
     generation: u64,
     /// Requests that use the image.
@@ -49,7 +65,13 @@ struct Client {
 
 /// The state of the disk, for reports.
 pub(crate) struct Look {
-    pub served: Arc<Served>,
+    /// The image; `None` while the disk is detached.
+    pub served: Option<Arc<Served>>,
+    pub export: Export,
+    pub path: Utf8PathBuf,
+    pub format: String,
+    /// The name of the time without an image.
+    pub detached: Option<String>,
     pub generation: u64,
     pub is_held: bool,
     /// The process of the client, if there is a client; 0 where it is not known.
@@ -68,7 +90,11 @@ pub(crate) struct Seat<'a>(&'a Disk);
 impl Disk {
     pub(crate) fn new(served: Served) -> Self {
         let state = State {
-            served: Arc::new(served),
+            export: export_of(&served),
+            path: served.path.clone(),
+            format: served.format.clone(),
+            detached: None,
+            served: Some(Arc::new(served)),
             generation: 1,
             users: 0,
             hold: None,
@@ -93,7 +119,7 @@ impl Disk {
         }
     }
 
-    /// Begins a request: waits while the disk is held.
+    /// Begins a request: waits while the disk is held or detached.
     pub(crate) fn enter(&self) -> Use<'_> {
         let mut state = self.lock();
         loop {
@@ -102,23 +128,41 @@ impl Disk {
             } else if let Some(hold) = state.live_hold() {
                 let until = hold.until;
                 state = self.wait(state, Some(until));
-            } else {
+            } else if let Some(served) = state.served.clone() {
                 state.users += 1;
-                return Use { disk: self, served: Arc::clone(&state.served) };
+                return Use { disk: self, served };
+            } else {
+                state = self.wait(state, None);
             }
         }
     }
 
-    /// The export as it is now.
+    /// Begins a flush of the client: as [`Disk::enter`], but `None` if the disk is detached. Then there is
+    /// nothing to flush.
+    pub(crate) fn enter_to_flush(&self) -> Option<Use<'_>> {
+        let mut state = self.lock();
+        while state.exchanging {
+            state = self.wait(state, None);
+        }
+        state.served.as_ref()?;
+        drop(state);
+        Some(self.enter())
+    }
+
+    /// The export as the client knows it.
     pub(crate) fn export(&self) -> Export {
-        export_of(&self.lock().served)
+        self.lock().export
     }
 
     pub(crate) fn look(&self) -> Look {
         let mut state = self.lock();
         Look {
             is_held: state.live_hold().is_some(),
-            served: Arc::clone(&state.served),
+            served: state.served.clone(),
+            export: state.export,
+            path: state.path.clone(),
+            format: state.format.clone(),
+            detached: state.detached.clone(),
             generation: state.generation,
             client: state.client.as_ref().map(|client| client.pid.unwrap_or(0)),
         }
@@ -195,9 +239,9 @@ impl Disk {
         while state.exchanging {
             state = self.wait(state, None);
         }
-        let served = Arc::clone(&state.served);
+        let served = state.served.clone();
         drop(state);
-        flush(&served)
+        served.map_or(Ok(()), |served| flush(&served))
     }
 
     /// Replaces the image by the one that `open` returns, while no request uses it. `hold` is the number of
@@ -210,6 +254,75 @@ impl Disk {
         hold: Option<u64>,
         open: impl FnOnce(&Served) -> Result<Served>,
     ) -> Result<u64> {
+        let (ours, current) = self.begin_exchange(hold)?;
+        let Some(current) = current else {
+            return Err(Error::new(ErrorKind::Refused, "the disk is detached: it has no image")
+                .advise("attach one; `domsnap recover` does that after an interrupted operation"));
+        };
+        flush(&current)?;
+        let new = open(&current)?;
+        drop(current);
+        Ok(self.end_exchange(ours, new))
+    }
+
+    /// Closes the image, and names the time without one `label`. A disk that is detached already keeps the
+    /// first label. When this returns, the image's locks are given back.
+    ///
+    /// The order: 1) no request uses the image; 2) all that it acknowledged is durable; 3) `close` drops what
+    /// the format still has of it. A failure leaves the image.
+    pub(crate) fn detach(&self, label: &str, close: impl FnOnce()) -> Result<u64> {
+        let (ours, current) = self.begin_exchange(None)?;
+        let Some(mut current) = current else { return Ok(self.lock().generation) };
+        flush(&current)?;
+        let mut state = self.lock();
+        state.served = None;
+        state.detached = Some(label.to_owned());
+        let generation = state.generation;
+        drop(state);
+        close();
+        // A report that is written at this moment may still have it.
+        let until = Instant::now() + SEAT_WAIT;
+        while let Err(shared) = Arc::try_unwrap(current) {
+            if Instant::now() >= until {
+                let mut state = self.lock();
+                (state.served, state.detached) = (Some(shared), None);
+                return Err(Error::new(ErrorKind::Busy, "the image is in use by a request; it stays"));
+            }
+            current = shared;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(ours);
+        Ok(generation)
+    }
+
+    /// Gives a detached disk an image.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] if it has one; those of `open`: the disk stays detached.
+    pub(crate) fn attach(&self, open: impl FnOnce() -> Result<Served>) -> Result<u64> {
+        let (ours, current) = self.begin_exchange(None)?;
+        if let Some(current) = current {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("the disk is not detached: it serves {}", current.path),
+            ));
+        }
+        let new = open()?;
+        Ok(self.end_exchange(ours, new))
+    }
+
+    /// Does `work` while no request uses the image, and all that it acknowledged is durable. The image stays.
+    pub(crate) fn at_rest<T>(&self, work: impl FnOnce(&Served) -> Result<T>) -> Result<T> {
+        let (_ours, current) = self.begin_exchange(None)?;
+        let Some(current) = current else {
+            return Err(Error::new(ErrorKind::Refused, "the disk is detached: it has no image"));
+        };
+        flush(&current)?;
+        work(&current)
+    }
+
+    /// Waits until no request uses the image, and lets none begin before the exchange is over.
+    fn begin_exchange(&self, hold: Option<u64>) -> Result<(Exchange<'_>, Option<Arc<Served>>)> {
         let mut state = self.lock();
         match hold {
             Some(number) => require_hold(&mut state, number)?,
@@ -234,21 +347,30 @@ impl Disk {
             }
             state = self.wait(state, Some(until));
         }
-        let current = Arc::clone(&state.served);
+        let current = state.served.clone();
         drop(state);
-        flush(&current)?;
-        let new = open(&current)?;
-        let has_changed = export_of(&new) != export_of(&current);
+        Ok((ours, current))
+    }
+
+    /// Serves `new` from now on. A client that knows other properties of the disk is disconnected, and learns
+    /// them when it comes again.
+    fn end_exchange(&self, ours: Exchange<'_>, new: Served) -> u64 {
         let mut state = self.lock();
-        state.served = Arc::new(new);
+        let has_changed = export_of(&new) != state.export;
+        state.export = export_of(&new);
+        state.path = new.path.clone();
+        state.format = new.format.clone();
+        state.detached = None;
+        let previous = state.served.replace(Arc::new(new));
         state.generation += 1;
         let generation = state.generation;
         drop(state);
+        drop(previous);
         if has_changed {
             self.disconnect();
         }
         drop(ours);
-        Ok(generation)
+        generation
     }
 }
 
@@ -386,6 +508,33 @@ mod tests {
         assert!(disk.look().is_held);
         disk.go(number).unwrap();
         assert_eq!(disk.enter().export().size, 1024);
+    }
+
+    /// A detached disk has no image and no lock of it; reads wait for the next image, and a flush does not.
+    #[test]
+    fn detached_disk_waits_for_the_next_image() {
+        let disk = Disk::new(served(512));
+        let first = Arc::downgrade(disk.look().served.as_ref().unwrap());
+        let mut closed = false;
+        disk.detach("x", || closed = true).unwrap();
+        assert!(closed && first.upgrade().is_none());
+        assert_eq!((disk.look().detached.as_deref(), disk.export().size), (Some("x"), 512));
+        disk.detach("y", || ()).unwrap();
+        assert_eq!(disk.look().detached.as_deref(), Some("x"));
+        assert_eq!(disk.exchange(None, |_| Ok(served(512))).unwrap_err().kind(), ErrorKind::Refused);
+        disk.flush().unwrap();
+        assert!(disk.enter_to_flush().is_none());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| drop(disk.enter()));
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!waiting.is_finished());
+            let failed = disk.attach(|| Err(Error::new(ErrorKind::Refused, "no")));
+            assert!(failed.is_err() && !waiting.is_finished());
+            assert_eq!(disk.attach(|| Ok(served(512))).unwrap(), 2);
+            waiting.join().unwrap();
+        });
+        assert_eq!(disk.attach(|| Ok(served(512))).unwrap_err().kind(), ErrorKind::Refused);
+        assert!(disk.look().detached.is_none() && disk.enter_to_flush().is_some());
     }
 
     /// The second client is refused with the first one's process, and admitted when that is gone.

@@ -17,6 +17,8 @@ pub enum ErrorKind {
     Invalid,
     /// A hold or a wait is over its limit.
     Expired,
+    /// The caller cancelled it.
+    Cancelled,
     /// The system's error.
     Io,
 }

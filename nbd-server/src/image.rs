@@ -7,6 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::merge::MergeWatch;
 
 /// Kind of content of a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,6 +136,9 @@ pub trait Format: Send + Sync {
     /// [`ErrorKind::Busy`] if another process has it; [`ErrorKind::Refused`]; the system's.
     fn open(&self, image: &Utf8Path) -> Result<Served>;
 
+    /// Drops what it still has of the image that was served: its locks are to be given back.
+    fn close(&self) {}
+
     /// Freezes the image that is served, and opens `child`, an image that is backed by it. Creates `child`
     /// if it does not exist. Everything that was acknowledged is durable before this is called.
     ///
@@ -149,15 +153,48 @@ pub trait Format: Send + Sync {
         .advise("exchange the image with `swap`, or let QEMU put a qcow2 overlay on the disk"))
     }
 
-    /// Merges the layer `into` with what is above it, up to the image that is served, while that is served.
+    /// Prepares a merge of layers of the chain that is served. Everything that was acknowledged is durable,
+    /// and no request uses the disk.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for a format without layers.
-    fn merge(&self, current: &Served, into: &Utf8Path) -> Result<Served> {
-        let _ = into;
+    /// [`ErrorKind::Unsupported`] for a format without layers; [`ErrorKind::Refused`] for layers that are not
+    /// in the chain, one on the other.
+    fn merge(&self, current: &Served, request: &MergeRequest) -> Result<Box<dyn Merging>> {
+        let _ = request;
         Err(Error::new(
             ErrorKind::Unsupported,
             format!("{} is a {} image, which has no layers to merge", current.path, current.format),
         ))
     }
+}
+
+/// Layers that are to become one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MergeRequest {
+    /// Their files, the bottom first.
+    pub run: Vec<Utf8PathBuf>,
+    /// The one that receives the data of the others: the first or the last.
+    pub into: Utf8PathBuf,
+}
+
+/// A merge of layers of the chain that is served ([`Format::merge`]). Dropped before its end, it leaves a
+/// chain that shows what it showed before.
+pub trait Merging: Send {
+    /// Moves the data, while the disk is used. Returns early if `watch` says that it is cancelled.
+    ///
+    /// # Errors
+    /// The system's; those of the images.
+    fn run(&mut self, watch: &MergeWatch) -> Result<()>;
+
+    /// Returns true if the image that is served becomes another one. From the return of [`Merging::run`]
+    /// until [`Merging::finish`], every write that is acknowledged is in both.
+    fn pivots(&self) -> bool;
+
+    /// Makes the images above the merged ones depend on the one that received the data, and opens the chain
+    /// that is served afterwards. No request uses the disk.
+    ///
+    /// # Errors
+    /// The system's; those of the images. The chain is the previous one.
+    fn finish(&mut self) -> Result<Served>;
 }

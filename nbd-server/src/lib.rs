@@ -17,7 +17,8 @@
 //! | `option` | negotiation, before the disk is served |
 //! | `request` | one request, parsed and checked, and the bytes of replies |
 //! | `transmission` | the threads that carry out the requests of a client |
-//! | `disk` | the image that is served at this moment: who uses it, holds, exchanges |
+//! | `disk` | the image that is served at this moment: who uses it, holds, exchanges, detached |
+//! | `merge` | merges of layers while the disk is served |
 //! | `image`, `file` | the contract of an image, and a raw file or device as one |
 //! | `control` | the control socket: one JSON document a line |
 //! | `place`, `activation`, `sys` | sockets: created, found stale, or passed by systemd |
@@ -43,6 +44,7 @@ mod file;
 #[doc(hidden)]
 pub mod fuzz;
 mod image;
+mod merge;
 mod option;
 mod place;
 mod request;
@@ -55,6 +57,7 @@ pub use activation::{Activation, report_ready};
 pub use control::{ClientInfo, ControlInfo, MAX_HOLD, ask};
 pub use error::{Error, ErrorKind, Result};
 pub use file::RawFile;
-pub use image::{Content, Extent, Format, Image, Layer, Served, Zeroing};
+pub use image::{Content, Extent, Format, Image, Layer, MergeRequest, Merging, Served, Zeroing};
+pub use merge::{MergeInfo, MergePhase, MergeWatch};
 pub use place::{Place, control_path};
 pub use server::{Running, Server};

@@ -11,6 +11,7 @@ use crate::control;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::image::{Format, Served};
+use crate::merge::Merges;
 use crate::option::negotiate;
 use crate::place::Place;
 use crate::sys::peer_of;
@@ -26,7 +27,8 @@ type Answer = fn(&Server, UnixStream);
 
 /// A disk that can be served.
 pub struct Server {
-    disk: Disk,
+    disk: Arc<Disk>,
+    merges: Arc<Merges>,
     format: Box<dyn Format>,
     stopped: AtomicBool,
 }
@@ -41,7 +43,12 @@ pub struct Running {
 impl Server {
     /// Makes the server of an image. `format` opens others when the control socket asks for them.
     pub fn new(served: Served, format: Box<dyn Format>) -> Self {
-        Self { disk: Disk::new(served), format, stopped: AtomicBool::new(false) }
+        Self {
+            disk: Arc::new(Disk::new(served)),
+            merges: Arc::default(),
+            format,
+            stopped: AtomicBool::new(false),
+        }
     }
 
     /// Begins to answer both sockets, in threads of their own.
@@ -87,7 +94,7 @@ impl Server {
     }
 
     fn control(&self, stream: UnixStream) {
-        if let Err(error) = control::converse(&stream, &self.disk, self.format.as_ref()) {
+        if let Err(error) = control::converse(&stream, &self.disk, &self.merges, self.format.as_ref()) {
             tracing::debug!(%error, "a control connection ended");
         }
     }

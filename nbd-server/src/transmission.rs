@@ -186,8 +186,9 @@ impl Connection<'_> {
                 data.keep(kept);
             }
             Command::Flush => {
-                let used = self.disk.enter();
-                flush_if(!used.export().read_only, &used)?;
+                if let Some(used) = self.disk.enter_to_flush() {
+                    flush_if(!used.export().read_only, &used)?;
+                }
             }
             Command::Trim { fua } => {
                 self.in_steps(request, fua, "trim", |used, at, length| used.served.image.trim(at, length))?

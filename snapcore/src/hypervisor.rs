@@ -722,6 +722,12 @@ pub trait AttachedDisk: Send + Sync {
         cancel: &CancellationToken,
     ) -> Result<()>;
 
+    /// Returns true if the images are open in a server that reads their format itself. Otherwise the
+    /// hypervisor reads them, with its own driver of the format.
+    fn is_served(&self) -> bool {
+        false
+    }
+
     /// Deletes internal snapshots of the active image. A missing one is ignored.
     async fn drop_internal(&self, tags: &[String]) -> Result<()>;
 }

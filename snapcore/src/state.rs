@@ -140,6 +140,10 @@ pub struct DiskState {
     /// True if a hypervisor has the active chain open. The service sets it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub attached: bool,
+    /// True if it is attached, and a server has it open that reads the format itself
+    /// ([`crate::AttachedDisk::is_served`]). The service sets it.
+    #[serde(skip)]
+    pub served: bool,
     /// The dependents of the active layer that name the configured path as their backing file. Their content
     /// changes as soon as that path names a layer with other content.
     #[serde(default)]
@@ -183,6 +187,7 @@ impl DiskState {
             active,
             layers,
             attached: false,
+            served: false,
             path_dependents: Vec::new(),
             undetermined: Vec::new(),
         }

@@ -18,6 +18,7 @@ use testguest::{Guest, GuestOptions};
 use crate::domsnap::{Domsnap, Outcome};
 use crate::qemu;
 use crate::report::{self, Kind, Point};
+use crate::served::{self, Servers};
 
 /// The name under which the guest is registered.
 pub const NAME: &str = "live";
@@ -37,6 +38,8 @@ pub struct Live {
     pub guest: Guest,
     state: PathBuf,
     plugins: Option<PathBuf>,
+    /// The servers of those of its disks that are served.
+    pub servers: Servers,
     held: BTreeMap<String, Expected>,
 }
 
@@ -116,9 +119,27 @@ impl Live {
     /// # Errors
     /// What failed, as a message.
     pub fn unregistered(options: GuestOptions) -> Result<Live> {
+        Live::with(options, Servers::default())
+    }
+
+    /// A guest under load whose disk `vda` is a VHD that domsnap serves to QEMU, which waits `reconnect`
+    /// seconds for a server that is gone; registered.
+    ///
+    /// # Errors
+    /// What failed, as a message.
+    pub fn of_served(options: GuestOptions, reconnect: u32) -> Result<Live> {
+        let servers = Servers::default();
+        let theirs = servers.clone();
+        let options = options.served(0, reconnect, move |image, socket| theirs.serve(image, socket));
+        let live = Live::with(options, servers)?;
+        live.register(&[])?;
+        Ok(live)
+    }
+
+    fn with(options: GuestOptions, servers: Servers) -> Result<Live> {
         let guest = options.deadline(Duration::from_secs(60)).start()?;
         let state = guest.dir().join("state");
-        let live = Live { guest, state, plugins: None, held: BTreeMap::new() };
+        let live = Live { guest, state, plugins: None, servers, held: BTreeMap::new() };
         live.load()?;
         Ok(live)
     }
@@ -267,6 +288,10 @@ impl Live {
             let files = hypervisor_qemu::graph::verify_names(&machine).await?;
             let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
             for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
+                if path.extension().is_some_and(|extension| extension == "vhd") {
+                    is_served(&path)?;
+                    continue;
+                }
                 let file = graph.root(target).and_then(|root| graph.file(root));
                 let active = files.iter().find(|known| Some(known.node.as_str()) == file);
                 let about = fs::metadata(&path).with_context(|| path.display().to_string())?;
@@ -365,8 +390,37 @@ impl Live {
     }
 }
 
+/// The server of a disk has open what the configured path names, and nothing is on its way.
+fn is_served(path: &Path) -> Result<()> {
+    let info = served::ask(&path.with_extension("sock"), &serde_json::json!({ "do": "info" }))?;
+    let about = fs::metadata(path).with_context(|| path.display().to_string())?;
+    let top = &info["layers"][0];
+    ensure!(
+        (top["device"].as_u64(), top["inode"].as_u64()) == (Some(about.dev()), Some(about.ino())),
+        "{} is another file than what is served: {info}",
+        path.display()
+    );
+    ensure!(info["detached"].is_null() && info["held"] == false, "the disk is detached or held: {info}");
+    let phase = &info["merge"]["phase"];
+    ensure!(*phase != "moving" && *phase != "ready", "layers are being merged: {info}");
+    Ok(())
+}
+
 /// A checksum of what a point shows, zeros and all.
 fn checksum(point: &Point) -> Result<u64> {
+    if point.layer.extension().is_some_and(|extension| extension == "vhd") {
+        // Another reader than domsnap's own.
+        let run =
+            |program: &str| Command::new(program).args(["x", "-so", "-tvhd"]).arg(&point.layer).output();
+        let output = run("7zz").or_else(|_| run("7z")).context("7zz is needed: scripts/install-deps")?;
+        ensure!(
+            output.status.success(),
+            "{}: {}",
+            point.layer.display(),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        return Ok(sum(&output.stdout));
+    }
     let raw = tempfile::NamedTempFile::new()?;
     let format = qemu::format(&point.layer);
     let mut command = Command::new("qemu-img");
@@ -390,12 +444,14 @@ fn checksum(point: &Point) -> Result<u64> {
         point.layer.display(),
         String::from_utf8_lossy(&output.stderr)
     );
-    let bytes = fs::read(raw.path())?;
+    Ok(sum(&fs::read(raw.path())?))
+}
+
+fn sum(bytes: &[u8]) -> u64 {
     // FNV-1a over integers: a difference, not an adversary, is to be found.
-    let sum = bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64, |sum, chunk| {
+    bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64, |sum, chunk| {
         let mut word = [0; 8];
         word[..chunk.len()].copy_from_slice(chunk);
         (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
-    Ok(sum)
+    })
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -63,15 +64,7 @@ impl Server {
     /// # Errors
     /// Its error, and those of the connection.
     pub fn ask(&self, request: &Value) -> Result<Value> {
-        let mut stream = UnixStream::connect(format!("{}.control", self.socket.display()))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("{request}\n").as_bytes())?;
-        stream.shutdown(std::net::Shutdown::Write)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let answer: Value = serde_json::from_str(&answer)?;
-        ensure!(answer["error"].is_null(), "{answer}");
-        Ok(answer["ok"].clone())
+        ask(&self.socket, request)
     }
 
     /// Kills it, as the kernel does when memory is short.
@@ -100,6 +93,84 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// The servers of the disks of one guest, which can be killed and started again.
+#[derive(Clone, Default)]
+pub struct Servers(Arc<Mutex<Vec<Place>>>);
+
+/// A server, and what it was started with.
+struct Place {
+    image: PathBuf,
+    socket: PathBuf,
+    server: Option<Server>,
+}
+
+impl Servers {
+    /// Serves a VHD with the state directory `state` beside it, which is the one of [`crate::live::Live`].
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn serve(&self, image: &Path, socket: &Path) -> Result<()> {
+        let server = Some(start(image, socket)?);
+        self.all().push(Place { image: image.to_owned(), socket: socket.to_owned(), server });
+        Ok(())
+    }
+
+    /// Kills all of them.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn kill(&self) -> Result<()> {
+        let killed = |place: &mut Place| place.server.take().map_or(Ok(()), |mut server| server.kill());
+        self.all().iter_mut().try_for_each(killed)
+    }
+
+    /// Starts those that were killed, as systemd does: again and again while another process has a lock.
+    ///
+    /// # Errors
+    /// If one does not start within a minute.
+    pub fn start(&self) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        for place in self.all().iter_mut().filter(|place| place.server.is_none()) {
+            loop {
+                match start(&place.image, &place.socket) {
+                    Ok(server) => {
+                        place.server = Some(server);
+                        break;
+                    }
+                    Err(error) if Instant::now() >= until => return Err(error),
+                    Err(_) => std::thread::sleep(Duration::from_millis(100)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Place>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn start(image: &Path, socket: &Path) -> Result<Server> {
+    let state = image.parent().context("an image without a directory")?.join("state");
+    Server::start(&Domsnap::new(&state), socket, &[&format!("{},format=vhd", image.display())])
+}
+
+/// Asks the control socket of the server at `socket`.
+///
+/// # Errors
+/// Its error, and those of the connection.
+pub fn ask(socket: &Path, request: &Value) -> Result<Value> {
+    let mut stream = UnixStream::connect(format!("{}.control", socket.display()))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let answer: Value = serde_json::from_str(&answer)?;
+    ensure!(answer["error"].is_null(), "{answer}");
+    Ok(answer["ok"].clone())
 }
 
 impl Drop for Server {

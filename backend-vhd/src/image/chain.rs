@@ -117,13 +117,20 @@ impl Chain {
     }
 
     /// Refuses a parent with errors that no repair corrects, as [`Vhd::require_sound`]. What a repair
-    /// corrects may be what an interrupted merge has left, which is about to be repeated.
+    /// corrects may be what an interrupted merge has left, which is about to be repeated. Files that are
+    /// known are not looked at.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`]; the system's.
-    pub(crate) fn require_sound_parents(&mut self) -> Result<()> {
+    pub(crate) fn require_sound_parents(
+        &mut self,
+        is_known: impl Fn(&ImageFile) -> Result<bool>,
+    ) -> Result<()> {
         for layer in self.layers.iter_mut().rev().skip(1) {
             let Layer::Vhd(image) = layer else { continue };
+            if is_known(&image.file)? {
+                continue;
+            }
             let path = image.path().to_owned();
             match image.require_sound().context("use", &path) {
                 Err(error) if error.kind() != ErrorKind::Dirty => return Err(error),

@@ -202,7 +202,7 @@ impl Vhd {
     /// Programs disagree about sectors with clear bits in a dynamic image: so they become zeros, and then all
     /// bits are set. Then the footer at the end says that there is no parent, and then the first page does.
     /// Between the two writes the footers differ, and the one at the end decides.
-    fn become_dynamic(&mut self) -> Result<()> {
+    pub(crate) fn become_dynamic(&mut self) -> Result<()> {
         let Some(mut header) = self.header.clone() else { return Ok(()) };
         if self.disk_type() == DiskType::Differencing {
             self.fill_blocks()?;

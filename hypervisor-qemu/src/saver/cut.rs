@@ -20,7 +20,7 @@ use super::{
     live::QemuDomain,
     merge,
     preflight::cannot_freeze,
-    reopen,
+    reopen, served,
 };
 use crate::{
     BoxError,
@@ -72,6 +72,7 @@ pub(super) async fn take(
     let before = machine.run_state().await.map_err(to_engine)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
+    let switches = served::switches(live, step, context.domain)?;
     let mut cut = Cut::new();
     // 1) Open the overlays and create the draft while the guest runs: neither changes the disks. A crash here
     //    leaves unused nodes and a draft, which `sweep` and `remove_stale` remove.
@@ -130,7 +131,17 @@ pub(super) async fn take(
             return Err(Error::new(ErrorKind::Refused, detail).advise("raise the limit").into());
         }
         let at = Timestamp::now();
-        context.inside.run(None).await?;
+        served::switch(&switches).await?;
+        if let Err(error) = context.inside.run(None).await {
+            return Err(served::switch_back(&switches, error).await.into());
+        }
+        if let Err(error) = served::require_switched(&switches) {
+            let error = match context.inside.back(None).await {
+                Ok(()) => error,
+                Err(second) => error.state(format!("paths were not moved back: {second}")),
+            };
+            return Err(served::switch_back(&switches, error).await.into());
+        }
         Ok(at)
     };
     let taken = match cut.take(machine, hook).await {
@@ -234,7 +245,8 @@ pub(super) async fn open_overlays(live: &QemuDomain, step: CutStep<'_>) -> Resul
         Ok(cuts) => cuts,
         Err(error) => return Err(close(live, error, &opened).await),
     };
-    let overlays = step.disks.iter().filter_map(|(_, instant)| match instant {
+    let overlays = step.disks.iter().filter_map(|(target, instant)| match instant {
+        DiskInstant::Overlay { .. } if live.disk_of(target).is_some_and(|disk| disk.server.is_some()) => None,
         DiskInstant::Overlay { address, .. } => Some(address.clone()),
         DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
     });
@@ -270,6 +282,8 @@ async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>)
         let device = disk.device.clone();
         cuts.push(match instant {
             DiskInstant::ByBackend => continue,
+            // The server does it, with the guest paused.
+            DiskInstant::Overlay { .. } if disk.server.is_some() => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
             DiskInstant::Overlay { address, format } => {
                 let overlay = match overlays.iter().position(|overlay| overlay.address == *address) {
@@ -387,9 +401,11 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
             continue;
         };
         match instant {
-            DiskInstant::Overlay { address, .. } => {
-                take_off(disk, address.path(), context).await.map_err(taking)?
+            DiskInstant::Overlay { address, .. } => match &disk.server {
+                Some(server) => served::take_off(disk, server, address.path(), context).await,
+                None => take_off(disk, address.path(), context).await,
             }
+            .map_err(taking)?,
             DiskInstant::Internal { tag } => {
                 graph::delete_internal(machine, &disk.device, tag)
                     .await

@@ -14,6 +14,7 @@ use crate::{
     graph::{self, Edge, Graph},
     machine::Machine,
     name::is_ours,
+    server::Behind,
 };
 
 /// Name of the guest agent's port, which the agent in the guest looks for.
@@ -84,10 +85,11 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
         // An image without a file name is shown by QEMU's name.
         let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
         // A device may use the file node itself: then the whole file is the disk.
-        let format = match image.map(|layer| layer.node.driver.as_str()) {
-            Some("file" | "host_device") => "raw",
-            Some(driver) => driver,
-            None => "",
+        let format = match (&open.behind, image.map(|layer| layer.node.driver.as_str())) {
+            (Some(Behind::Ours(_, info)), _) => info.format.as_str(),
+            (_, Some("file" | "host_device")) => "raw",
+            (_, Some(driver)) => driver,
+            (_, None) => "",
         };
         let path = file.unwrap_or_else(shown);
         let missing = if_missing(&target, &path);
@@ -253,8 +255,22 @@ fn unfit(
     if let Some(device) = drive.passes_through(&discovery.devices) {
         return Some(format!("a {device} device hands the host's own device to the guest"));
     }
+    match &open.behind {
+        Some(Behind::Unknown { why, .. }) => return Some(why.clone()),
+        Some(Behind::Ours(_, info)) if info.read_only => {
+            return Some(match &info.snapshot {
+                Some(snapshot) => format!("its server serves snapshot {snapshot}, which is only read"),
+                None => "its server serves it read-only".to_owned(),
+            });
+        }
+        Some(Behind::Ours(..)) | None => {}
+    }
     if open.layers.iter().any(|layer| layer.node.is_slice()) {
-        return Some("its node is a slice of a file (offset or size)".to_owned());
+        return Some(
+            "its node is a slice of a file (offset or size); if the file is a fixed VHD, `domsnap disk serve \
+             FILE,format=vhd` serves it to QEMU"
+                .to_owned(),
+        );
     }
     let Some(root) = open.root().filter(|root| root.file.is_some()) else {
         return Some("its image is not a file with a name on this machine".to_owned());

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{AttachedDisk, AttachedMerge, Inside, OpenLayer};
-use snapcore::{DiskRecord, FileIdentity, Result, Target, file_identity};
+use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, Result, Target, file_identity};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +20,7 @@ use crate::{
     graph::{self, Graph, Layer, Node, NodeOptions},
     machine::Machine,
     name::Name,
+    server::{self, Behind, DiskServer},
 };
 
 /// Prefix of every placeholder's name.
@@ -57,6 +58,12 @@ impl FileView {
     /// Returns the images that QEMU has open, whatever their names; `None` if the system does not report it.
     pub(super) fn open_images(&self) -> Option<HashSet<FileIdentity>> {
         graph::open_images(self.process.as_deref()?).ok()
+    }
+
+    /// Asks who serves the disk of an NBD node.
+    fn behind(&self, node: &Node) -> Option<Behind> {
+        let pid = self.process.as_ref().and_then(|process| process.file_name()?.to_str()?.parse().ok());
+        Behind::ask(node, |name| self.absolute(name), pid)
     }
 
     /// Returns true if QEMU has a file open without an image lock ([`graph::is_open_unlocked`]).
@@ -103,6 +110,10 @@ pub(super) struct QemuChain {
     /// The driver of a filter between two images, or between an image and its file. Reopening the images
     /// would lose it.
     pub(super) inner_filter: Option<String>,
+    /// What is behind the node, if another program serves the disk. If it is a server of ours, the images
+    /// are those that the server has open, and all have QEMU's one node. While the server has closed them,
+    /// the placeholder is the label that it was given for that.
+    pub(super) behind: Option<Behind>,
 }
 
 impl QemuChain {
@@ -133,11 +144,32 @@ impl QemuChain {
             if graph::is_filter(&below.driver) {
                 open.inner_filter.get_or_insert_with(|| below.driver.clone());
             }
+            let behind = view.behind(below);
+            if let Some(Behind::Ours(_, info)) = &behind {
+                open.placeholder.clone_from(&info.detached);
+                let layers = server::files(info).into_iter().map(|(file, identity)| QemuLayer {
+                    node: node.clone(),
+                    file: Some(file),
+                    identity: Some(identity),
+                });
+                open.layers.extend(layers);
+                open.behind = behind;
+                break;
+            }
+            open.behind = open.behind.or(behind);
             let file = view.file(below);
             let identity = file.as_deref().and_then(|file| view.identity(file));
             open.layers.push(QemuLayer { node: node.clone(), file, identity });
         }
         open
+    }
+
+    /// Returns the server that has the images open, if that is one of ours.
+    pub(super) fn server(&self) -> Option<&DiskServer> {
+        match &self.behind {
+            Some(Behind::Ours(server, _)) => Some(server),
+            _ => None,
+        }
     }
 }
 
@@ -160,6 +192,8 @@ pub(super) struct Disk {
     pub(super) given: Option<ImageOptions>,
     /// True if the command line does not name its image: some of its options are not known.
     pub(super) options_unknown: bool,
+    /// The server that has its images open, if QEMU itself does not.
+    pub(super) server: Option<DiskServer>,
 }
 
 impl Disk {
@@ -180,6 +214,7 @@ impl Disk {
             options: Mutex::default(),
             given,
             options_unknown: false,
+            server: None,
         }
     }
 
@@ -297,6 +332,30 @@ pub(super) fn device_of<'a>(
     None
 }
 
+/// Refuses a disk that no device has, if it may be the one of a server that is down: the guest goes on with
+/// it as soon as the server is back.
+pub(super) fn refuse_hidden(
+    record: &DiskRecord,
+    drives: &[BlockDevice],
+    graph: &Graph,
+    view: &FileView,
+) -> crate::Result<()> {
+    for drive in drives.iter().filter(|drive| drive.guest_writes()) {
+        let open = drive.root().map(|root| QemuChain::read(graph, view, root)).unwrap_or_default();
+        if let Some(Behind::Unknown { why, is_down: true }) = open.behind {
+            let detail = format!("it may be the disk of the drive {}: {why}", target_name(&drive.target));
+            let attempted = "looking for the disks of the running domain";
+            let error = crate::Error::new(crate::ErrorKind::Refused, attempted, record.disk.path(), detail);
+            return Err(error.advise(format!(
+                "start the server (`domsnap disk serve {},format={} --socket SOCKET`), and repeat the command",
+                record.disk.path(),
+                record.disk.format
+            )));
+        }
+    }
+    Ok(())
+}
+
 #[async_trait]
 impl AttachedDisk for Disk {
     async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
@@ -304,6 +363,13 @@ impl AttachedDisk for Disk {
         let open = self.open_in(&graph);
         let named: Vec<FileIdentity> = open.layers.iter().filter_map(|layer| layer.identity).collect();
         let mut files: HashSet<FileIdentity> = named.iter().copied().collect();
+        if self.server.is_some() {
+            if let Some(Behind::Unknown { why, .. }) = open.behind {
+                let detail = format!("disk {}: {why}", self.target);
+                return Err(Error::new(ErrorKind::Io, detail));
+            }
+            return Ok(files);
+        }
         if files.len() < open.layers.len() {
             // A frozen image may still have the configured path as its name. Its file is one that QEMU has
             // open and no node names.
@@ -323,6 +389,10 @@ impl AttachedDisk for Disk {
         cancel: &CancellationToken,
     ) -> Result<()> {
         merge::merge(self, merge, inside, progress, cancel).await
+    }
+
+    fn is_served(&self) -> bool {
+        self.server.is_some()
     }
 
     async fn drop_internal(&self, tags: &[String]) -> Result<()> {

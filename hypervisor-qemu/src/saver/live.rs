@@ -83,6 +83,7 @@ impl QemuDomain {
         for record in &domain.disks {
             let device = disk::device_of(record, &discovery.drives, &graph, &view);
             if device.is_none() {
+                disk::refuse_hidden(record, &discovery.drives, &graph, &view)?;
                 unplugged.extend(disk::files_of(record, &view));
             }
             if let Some(device) = device {
@@ -92,13 +93,18 @@ impl QemuDomain {
                 let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
                 let given = ImageOptions::of(&discovery.process, is_it);
                 // An image on top since an earlier snapshot was opened by us.
+                let server = device
+                    .root()
+                    .and_then(|root| disk::QemuChain::read(&graph, &view, root).server().cloned());
                 let unknown = given.is_none()
+                    && server.is_none()
                     && !discovery.process.command_line.is_empty()
                     && !view.is_of_xen()
                     && !device.root().is_some_and(is_ours);
                 let given = given.or_else(|| plugged_in(&discovery, &view, &graph, device));
                 let mut disk = Disk::new(&machine, &view, target, &device.target, limits.clone(), given);
                 disk.options_unknown = unknown;
+                disk.server = server;
                 for layer in disk.open_in(&graph).layers {
                     machine.remember_options(&layer.node.name, &disk.like(&layer.node));
                 }
@@ -323,7 +329,8 @@ impl LiveDomain for QemuDomain {
     }
 
     fn processes(&self) -> Vec<u32> {
-        self.discovery.process.pid.into_iter().collect()
+        let servers = self.disks.iter().filter_map(|disk| disk.server.as_ref()?.info().ok());
+        self.discovery.process.pid.into_iter().chain(servers.map(|info| info.pid)).collect()
     }
 
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
@@ -412,7 +419,9 @@ impl LiveDomain for QemuDomain {
         }
         // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
         // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
-        let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER));
+        let is_closed = |disk: &Disk| disk.server.is_some() && disk.open_in(&graph).placeholder.is_some();
+        let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER))
+            || self.disks.iter().any(is_closed);
         if !is_detached
             && graph.nodes().iter().any(|node| is_mark(&node.name))
             && self.machine.run_state().await.map_err(to_engine)?.running

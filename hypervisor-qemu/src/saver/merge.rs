@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     disk::{Disk, QemuChain, identity},
     error::to_engine,
+    served,
 };
 use crate::{
     BoxError,
@@ -44,6 +45,9 @@ pub(super) async fn merge(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<()> {
+    if let Some(server) = &disk.server {
+        return served::merge(disk, server, merge, inside, progress, cancel).await;
+    }
     let machine = &disk.machine;
     let shown = |file: &camino::Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
     let attempted = || {

@@ -8,6 +8,7 @@
 //! | `reopen` | frozen images reopened by their permanent names |
 //! | `section` | detached sections: disks closed and reopened under a paused guest |
 //! | `mark` | the mark in QEMU that a detached section is open |
+//! | `served` | the same of disks that a server of ours serves to QEMU |
 //! | `preflight` | obstacles to a plan, found before it is begun |
 //! | `describe` | the description of a domain, and the part of it that is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
@@ -35,6 +36,7 @@ mod preflight;
 mod reopen;
 mod scan;
 mod section;
+mod served;
 mod start;
 mod unpacked;
 

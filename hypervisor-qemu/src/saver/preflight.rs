@@ -25,7 +25,7 @@ use super::{
     disk::{Disk, identity},
     error::to_engine,
     live::QemuDomain,
-    media,
+    media, served,
 };
 use crate::{
     discover::Process,
@@ -87,6 +87,7 @@ async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
             DomainStep::Instant { disks: taken, memory: wanted, quiesce, running, .. } => {
                 disks = true;
                 refuse_internal(live, taken).await?;
+                served::refuse_formats(live, taken)?;
                 memory |= wanted.is_some();
                 if *quiesce == Quiesce::Require
                     && wanted.is_none()
@@ -268,6 +269,9 @@ async fn probe_one(live: &QemuDomain, opens: &Opens, chains: &[OpenChain]) -> Re
     let (Opens::Overlay(target, _) | Opens::Chain { target, .. } | Opens::Merge(target)) = opens;
     let Some(disk) = live.disk_of(target) else { return Ok(()) };
     let Some(chain) = chains.iter().find(|chain| chain.target == *target) else { return Ok(()) };
+    if let Some(server) = &disk.server {
+        return served::preflight(disk, server, chain, matches!(opens, Opens::Merge(_)));
+    }
     let open: Vec<_> =
         disk.open().await.map_err(to_engine)?.layers.iter().filter_map(|layer| layer.identity).collect();
     let active = chain.layers.first().map(|layer| layer.address.path().as_std_path());

@@ -21,6 +21,9 @@ use crate::{
 /// The images are identified by their position in the chain, counted from its base. On top QEMU may have an
 /// overlay to which the path was not moved yet, or was moved back from. The active image keeps its node.
 pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usize> {
+    if disk.server.is_some() {
+        return Ok(0); // QEMU knows no image of it.
+    }
     let mut count = 0;
     let open = disk.open().await.map_err(to_engine)?;
     if open.placeholder.is_some() {

@@ -15,6 +15,7 @@ use super::{
     error::to_engine,
     live::QemuDomain,
     mark::Mark,
+    served,
 };
 use crate::{
     discover::Process,
@@ -52,7 +53,8 @@ pub(super) async fn undo_open(live: &QemuDomain, targets: &[Target], chains: &[O
     // 1) All disks before the guest resumes: it would read zeros from a placeholder.
     for target in targets {
         let Some(disk) = live.disk_of(target) else { continue };
-        if disk.open().await.map_err(to_engine)?.placeholder.is_some() {
+        // A server that was restarted may have opened what the path named in the middle of the section.
+        if disk.server.is_some() || disk.open().await.map_err(to_engine)?.placeholder.is_some() {
             attach_disk(disk, chains).await?;
         }
     }
@@ -89,6 +91,10 @@ async fn close_disks(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     for target in targets {
         let detaching = |error: Error| error.context(format!("closing the files of disk {target}"));
         let Some(disk) = live.disk_of(target) else { continue };
+        if let Some(server) = &disk.server {
+            served::close(disk, server).await.map_err(detaching)?;
+            continue;
+        }
         let open = disk.open().await.map_err(to_engine)?;
         let left = match &open.placeholder {
             Some(_) if open.layers.is_empty() => Vec::new(),
@@ -137,6 +143,9 @@ async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
         let detail = format!("no chain was given for disk {}", disk.target);
         return Err(Error::new(ErrorKind::Internal, detail));
     };
+    if let Some(server) = &disk.server {
+        return served::attach(disk, server, chain).await.map_err(attaching);
+    }
     let open = disk.open().await.map_err(to_engine)?;
     let placeholder = match &open.placeholder {
         None if is_chain(&open, chain) => return Ok(()),

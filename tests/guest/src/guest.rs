@@ -78,7 +78,8 @@ impl Guest {
         let state = match &options.kept {
             Some(kept) => Some(kept.clone()),
             None if options.boot => None,
-            None => Some(state::get(&options, &built)?),
+            None if options.served.is_empty() => Some(state::get(&options, &built)?),
+            None => Some(state::get(&options.of_files(), &built)?),
         };
 
         let parent = options.parent.clone().unwrap_or_else(std::env::temp_dir);
@@ -87,12 +88,22 @@ impl Guest {
         let text = dir.path().to_str().context("the directory for temporary files has no UTF-8 name")?;
         let line = qemu.command_line(&options, built.dir(), text)?;
         let (socket, agent) = (dir.path().join("qmp"), dir.path().join("agent"));
-        for (target, format, disk) in options.formats(dir.path()) {
+        for (number, (target, format, disk)) in options.formats(dir.path()).into_iter().enumerate() {
+            let served = options.server(number);
+            let format = if served.is_some() { "raw" } else { format };
             let image = match &state {
                 Some(state) => state.join(format!("{target}.{format}")),
                 None => blank(&built, options.disk_mib, format)?,
             };
-            fill(&image, &disk)?;
+            match served {
+                None => fill(&image, &disk)?,
+                Some(served) => {
+                    let mut convert = Command::new("qemu-img");
+                    convert.args(["convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on"]);
+                    process::run(convert.arg(&image).arg(&disk), "run scripts/install-deps")?;
+                    (served.serve)(&disk, &disk.with_extension("sock"))?;
+                }
+            }
         }
 
         for (name, content) in &options.files {

@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -43,6 +44,7 @@ pub struct GuestOptions {
     pub(crate) iothreads: usize,
     pub(crate) raw: Vec<usize>,
     pub(crate) devices: Vec<(usize, PathBuf)>,
+    pub(crate) served: Vec<(usize, Served)>,
     pub(crate) name: String,
     pub(crate) machine: String,
     pub(crate) cpu: String,
@@ -52,6 +54,22 @@ pub struct GuestOptions {
     pub(crate) kept: Option<PathBuf>,
     pub(crate) parent: Option<PathBuf>,
     pub(crate) deadline: Duration,
+}
+
+/// A disk that another program serves.
+#[derive(Clone)]
+pub(crate) struct Served {
+    pub(crate) reconnect: u32,
+    pub(crate) serve: Arc<Serve>,
+}
+
+/// Starts the program for an image and a socket.
+type Serve = dyn Fn(&Path, &Path) -> Result<()> + Send + Sync;
+
+impl std::fmt::Debug for Served {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Served").field("reconnect", &self.reconnect).finish_non_exhaustive()
+    }
 }
 
 impl Default for GuestOptions {
@@ -67,6 +85,7 @@ impl Default for GuestOptions {
             iothreads: 0,
             raw: Vec::new(),
             devices: Vec::new(),
+            served: Vec::new(),
             name: "guest".into(),
             machine: "q35".into(),
             cpu: "max".into(),
@@ -153,6 +172,19 @@ impl GuestOptions {
         self
     }
 
+    /// Makes a disk, by its number from 0, one that another program serves to QEMU over NBD: its image is the
+    /// dynamic VHD `DIR/vdb.vhd`, and `serve` starts the program for an image and a socket, `DIR/vdb.sock`,
+    /// before QEMU starts. QEMU waits `reconnect` seconds for a server that is gone.
+    pub fn served(
+        mut self,
+        disk: usize,
+        reconnect: u32,
+        serve: impl Fn(&Path, &Path) -> Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.served.push((disk, Served { reconnect, serve: Arc::new(serve) }));
+        self
+    }
+
     /// QEMU's `-name`. "guest".
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -210,7 +242,11 @@ impl GuestOptions {
     /// Its disks: target, format, and path where its directory is this.
     pub(crate) fn formats(&self, dir: &Path) -> Vec<(String, &'static str, PathBuf)> {
         let disk = |(number, target): (usize, String)| {
-            let format = if self.raw.contains(&number) { "raw" } else { "qcow2" };
+            let format = match () {
+                () if self.server(number).is_some() => "vhd",
+                () if self.raw.contains(&number) => "raw",
+                () => "qcow2",
+            };
             match self.devices.iter().find(|(disk, _)| *disk == number) {
                 Some((_, device)) => (target, "raw", device.clone()),
                 None => {
@@ -237,13 +273,7 @@ impl GuestOptions {
     /// What is missing on this machine and which script installs it.
     pub fn luggage(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
         let built = Built::get()?;
-        let devices = self.devices.iter().map(|(disk, _)| *disk);
-        let here = Self {
-            raw: self.raw.iter().copied().chain(devices).collect(),
-            devices: Vec::new(),
-            ..self.clone()
-        };
-        let state = state::get(&here, &built)?;
+        let state = state::get(&self.of_files(), &built)?;
         let mut files: Vec<(PathBuf, PathBuf)> = FIRMWARE.map(|file| (file.into(), file.into())).into();
         let place = Path::new(built.dir().file_name().unwrap_or_default());
         files.push((build::kernel(built.dir()), build::kernel(place)));
@@ -253,6 +283,23 @@ impl GuestOptions {
             files.push((entry.path(), Path::new(Self::KEPT).join(entry.file_name())));
         }
         Ok(files)
+    }
+
+    /// The same guest, with raw files in the place of devices and of disks that are served.
+    pub(crate) fn of_files(&self) -> Self {
+        let others = self.devices.iter().map(|(disk, _)| *disk);
+        let others = others.chain(self.served.iter().map(|(disk, _)| *disk));
+        Self {
+            raw: self.raw.iter().copied().chain(others).collect(),
+            devices: Vec::new(),
+            served: Vec::new(),
+            ..self.clone()
+        }
+    }
+
+    /// The program that serves a disk.
+    pub(crate) fn server(&self, number: usize) -> Option<&Served> {
+        self.served.iter().find(|(disk, _)| *disk == number).map(|(_, served)| served)
     }
 
     /// Starts it; it is ready, and has ticked, when this returns.

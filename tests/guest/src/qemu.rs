@@ -131,14 +131,23 @@ impl Qemu {
         }
         for (number, (target, format, file)) in options.formats(Path::new(dir)).into_iter().enumerate() {
             let is_device = options.devices.iter().any(|(disk, _)| *disk == number);
+            let socket = file.with_extension("sock");
             let file = file.to_string_lossy();
-            let served = match options.iothreads {
+            let thread = match options.iothreads {
                 0 => String::new(),
                 threads => format!(",iothread=io{}", number % threads),
             };
-            if options.drive {
+            if let Some(server) = options.server(number) {
+                let address = json!({ "type": "unix", "path": socket });
+                let node = json!({
+                    "driver": "nbd", "server": address, "reconnect-delay": server.reconnect,
+                    "node-name": format!("d{number}"), "discard": "unmap",
+                });
+                add(&["-blockdev", &node.to_string()]);
+                add(&["-device", &format!("virtio-blk-pci,drive=d{number},id={target}{thread}")]);
+            } else if options.drive {
                 add(&["-drive", &format!("file={file},format={format},if=none,id=drive{number}")]);
-                add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}{served}")]);
+                add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}{thread}")]);
             } else {
                 let (below, node) = (format!("f{number}"), format!("d{number}"));
                 let driver = if is_device { "host_device" } else { "file" };
@@ -146,7 +155,7 @@ impl Qemu {
                 let format =
                     json!({ "driver": format, "file": below, "node-name": node, "discard": "unmap" });
                 add(&["-blockdev", &protocol.to_string(), "-blockdev", &format.to_string()]);
-                add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}{served}")]);
+                add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}{thread}")]);
             }
         }
         line.extend(options.more.iter().map(|word| word.replace("DIR", dir).into()));

@@ -24,6 +24,9 @@ pub enum Victim {
     /// QEMU, while `domsnap` is about to do the step; it is started again, as a supervisor would, before the
     /// recovery.
     Qemu,
+    /// The servers of the guest's disks, while `domsnap` is about to do the step; they are started again at
+    /// once, as systemd does.
+    Server,
     /// `domsnap`, and then QEMU, which is started again before the recovery.
     Both,
 }
@@ -83,6 +86,30 @@ fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, s
             ensure!(matches!(outcome.status, None | Some(status::DONE)), "{outcome}");
             outcome.status == Some(status::DONE)
         }
+        Victim::Server => {
+            let mut child = shim::stopping(watched, step)
+                .command(args)
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()?;
+            wait_stopped(&mut child)?;
+            live.servers.kill()?;
+            let _ = Command::new("kill").args(["-CONT", &child.id().to_string()]).status()?;
+            let servers = live.servers.clone();
+            let started = std::thread::spawn(move || servers.start());
+            let output = child.wait_with_output()?;
+            let text = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code().is_some() && !text.contains("panicked"),
+                "it ended with {}: {text}",
+                output.status
+            );
+            match started.join() {
+                Ok(started) => started.context("starting the server again")?,
+                Err(_) => bail!("the thread that starts servers panicked"),
+            }
+            output.status.code() == Some(status::DONE)
+        }
         Victim::Both => {
             let outcome = shim::killing(watched, step, false).run(args)?;
             kill_qemu(live)?;
@@ -113,7 +140,7 @@ fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, s
         }
     };
     live.domsnap().done(&["recover", NAME])?;
-    if victim == Victim::Domsnap {
+    if matches!(victim, Victim::Domsnap | Victim::Server) {
         // The guest ran on, and what it wrote is where it writes.
         let aside = fs::read_dir(&root)?
             .flatten()

@@ -112,6 +112,17 @@ fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Res
 pub(super) fn require_writable(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     session.ask(session.service.require_closed(image))?;
     let owner = session.ask(session.service.belonging(image))?;
+    // After a crash in the middle of an operation, the configured path names the image that the domain
+    // writes, whatever the catalogue has. Its server must start before the recovery: the guest waits for it,
+    // and the recovery asks it.
+    let of_path = owner.as_ref().is_some_and(|owner| {
+        let record = owner.listing.domain.disk(&owner.target);
+        let configured = record.and_then(|record| record.disk.address.local());
+        !owner.listing.unfinished.is_empty() && configured == Some(image)
+    });
+    if of_path {
+        return Ok(());
+    }
     if let Some(owner) = owner
         && !owner.is_active()
     {
@@ -177,6 +188,7 @@ fn of_backend(error: &Error) -> nbd_server::Error {
         ErrorKind::Busy => Kind::Busy,
         ErrorKind::Unsupported => Kind::Unsupported,
         ErrorKind::Io | ErrorKind::NoSpace => Kind::Io,
+        ErrorKind::Cancelled => Kind::Cancelled,
         _ => Kind::Refused,
     };
     let mapped = nbd_server::Error::new(kind, error.summary());

@@ -4,10 +4,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use backend_vhd::image::{self, NewImage, UniqueId, Vhd};
-use backend_vhd::{ServedChain, ServedOptions, notes_of, parent_name_for, write_child};
+use backend_vhd::image::{self, Moving, NewImage, UniqueId, Vhd};
+use backend_vhd::{ServedChain, ServedMerge, ServedOptions, notes_of, parent_name_for, write_child};
 use camino::Utf8Path;
-use nbd_server::{Content, ErrorKind as Kind, Extent, Format, Image, Served, Zeroing};
+use nbd_server::{
+    Content, ErrorKind as Kind, Extent, Format, Image, MergeRequest, MergeWatch, Merging, Served, Zeroing,
+};
 use snapcore::{Error, ErrorKind, Result};
 
 use super::{layer, of_backend, served};
@@ -15,10 +17,11 @@ use crate::args::Global;
 use crate::backends::absolute;
 
 /// Opens VHD chains, for the command and for its control socket.
+#[derive(Clone)]
 pub struct VhdFormat {
     options: ServedOptions,
     /// The chain that is served. Its locks are shared with the next one.
-    current: Mutex<Option<Arc<ServedChain>>>,
+    current: Arc<Mutex<Option<Arc<ServedChain>>>>,
 }
 
 impl VhdFormat {
@@ -28,13 +31,17 @@ impl VhdFormat {
         let user = rustix::process::geteuid().as_raw();
         let notes = notes_of(user);
         let options = ServedOptions { allowed: allowed.collect::<Result<_>>()?, writable: !read_only, notes };
-        Ok(Self { options, current: Mutex::new(None) })
+        Ok(Self { options, current: Arc::default() })
     }
 
     /// Opens the chain whose top is at `path`.
     pub fn open_chain(&self, path: &Utf8Path) -> Result<Served> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let chain = ServedChain::open(path.as_std_path(), &self.options, current.as_deref())?;
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.serve(path, ServedChain::open(path.as_std_path(), &self.options, current.as_deref())?)
+    }
+
+    /// Makes a chain the one that is served.
+    fn serve(&self, path: &Utf8Path, chain: ServedChain) -> Result<Served> {
         let mut layers = Vec::new();
         for file in chain.files() {
             let shown = Utf8Path::from_path(file.path())
@@ -44,7 +51,7 @@ impl VhdFormat {
             }
         }
         let chain = Arc::new(chain);
-        *current = Some(Arc::clone(&chain));
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&chain));
         Ok(served(Arc::new(VhdImage(chain)), path, "vhd", layers))
     }
 
@@ -96,12 +103,51 @@ impl Format for VhdFormat {
         self.open_chain(image).map_err(|error| of_backend(&error))
     }
 
+    fn close(&self) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn snapshot(&self, current: &Served, child: &Utf8Path, id: &str) -> nbd_server::Result<Served> {
         if current.image.is_read_only() {
             let message = format!("{} is served read-only", current.path);
             return Err(nbd_server::Error::new(Kind::Refused, message));
         }
         self.child_of(current, child, id).map_err(|error| of_backend(&error))
+    }
+
+    fn merge(&self, current: &Served, request: &MergeRequest) -> nbd_server::Result<Box<dyn Merging>> {
+        let chain = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let chain = chain.ok_or_else(|| {
+            nbd_server::Error::new(Kind::Refused, format!("{} is not a chain of VHDs", current.path))
+        })?;
+        let run: Vec<PathBuf> = request.run.iter().map(PathBuf::from).collect();
+        let merge = ServedMerge::new(&chain, &self.options, &run, request.into.as_std_path());
+        let merge = merge.map_err(|error| of_backend(&error))?;
+        Ok(Box::new(VhdMerge { format: self.clone(), merge }))
+    }
+}
+
+/// Layers of the chain on their way to become one.
+struct VhdMerge {
+    format: VhdFormat,
+    merge: ServedMerge,
+}
+
+impl Merging for VhdMerge {
+    fn run(&mut self, watch: &MergeWatch) -> nbd_server::Result<()> {
+        let moving = Moving { progress: &|bytes| watch.moved(bytes), cancelled: &|| watch.is_cancelled() };
+        self.merge.run(&|total| watch.expect(total), &moving).map_err(|error| of_backend(&error))
+    }
+
+    fn pivots(&self) -> bool {
+        self.merge.pivots()
+    }
+
+    fn finish(&mut self) -> nbd_server::Result<Served> {
+        let chain = self.merge.finish().map_err(|error| of_backend(&error))?;
+        let top =
+            chain.files().first().and_then(|file| Utf8Path::from_path(file.path()).map(ToOwned::to_owned));
+        self.format.serve(&top.unwrap_or_default(), chain).map_err(|error| of_backend(&error))
     }
 }
 

@@ -79,6 +79,8 @@ impl Planning {
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
             if let Some(live) = live {
                 state.attached = !at_rest && live::is_attached(live, record).await?;
+                let attached = live.disk(&record.disk.target);
+                state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
             }
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
