@@ -104,8 +104,8 @@ async fn request_taken_while_the_drain_begins_is_waited_for() -> Result<()> {
     guest.expect_no_bad()
 }
 
-/// Where each drain meets such a request, the guest is stopped without a hold, as QEMU does it: a snapshot of a
-/// busy guest is not refused for ever.
+/// Where each drain meets such a request, the guest is stopped without a hold, as QEMU does it: a snapshot of
+/// a busy guest is not refused for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn guest_that_never_drains_is_stopped_all_the_same() -> Result<()> {
     // Without its load: QEMU alone may lose an interrupt of it.
