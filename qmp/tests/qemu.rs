@@ -303,10 +303,14 @@ async fn real_guest_agent_answers() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     {
-        // A previous client left half a command.
-        use std::os::unix::net::UnixStream;
+        // A previous client left half a command. This agent listens itself, and may reset a connection that
+        // waits while it closes one: so its end is awaited.
+        use std::{io::Read, net::Shutdown, os::unix::net::UnixStream};
         let mut stream = UnixStream::connect(&socket).expect("it listens");
         stream.write_all(b"{\"execute\": \"guest-info\"}\n{\"execute\": \"gue").expect("it is written");
+        stream.shutdown(Shutdown::Write).expect("it is closed");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a limit");
+        let _ = stream.read_to_end(&mut Vec::new());
     }
     let agent = qmp::Agent::new(&socket);
     for _ in 0..20 {
