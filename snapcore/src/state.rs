@@ -141,7 +141,7 @@ pub struct DiskState {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub attached: bool,
     /// True if it is attached, and a server has it open that reads the format itself
-    /// ([`crate::AttachedDisk::is_served`]). The service sets it.
+    /// ([`crate::hypervisor::AttachedDisk::is_served`]). The service sets it.
     #[serde(skip)]
     pub served: bool,
     /// The dependents of the active layer that name the configured path as their backing file. Their content
