@@ -10,9 +10,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::live::crash::{Operation, Victim, inject, kill_qemu, start_qemu};
+use domsnap_tests::live::crash::{
+    Operation, Victim, inject, kill_qemu, nothing, start_qemu, there, without_x,
+};
 use domsnap_tests::live::{Live, NAME};
-use domsnap_tests::report;
 use testguest::GuestOptions;
 
 /// A tree: `outside` and `disks` are external, `inside` is internal, each with memory but `disks`.
@@ -22,18 +23,6 @@ fn tree() -> Result<Live> {
     live.create("inside", &["--internal"])?;
     live.create("disks", &["--disk-only", "--external"])?;
     Ok(live)
-}
-
-fn there(live: &Live, name: &str) -> Result<bool> {
-    let list = report::list(&live.domsnap(), NAME)?;
-    Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
-}
-
-fn without_x(live: &mut Live) -> Result<()> {
-    match there(live, "x")? {
-        true => live.delete(&["x"], &[]),
-        false => Ok(()),
-    }
 }
 
 /// `x` is taken, so that the domain writes to an overlay on it.
@@ -53,10 +42,6 @@ fn under_y(live: &mut Live) -> Result<()> {
         live.create("x", &["--internal", "--disk-only"])?;
         live.create("y", &["--external", "--disk-only"])?;
     }
-    Ok(())
-}
-
-fn nothing(_: &mut Live) -> Result<()> {
     Ok(())
 }
 

@@ -8,10 +8,9 @@ use anyhow::{Context, Result, ensure};
 use backend_vhd::image::NewImage;
 use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::idle::Idle;
-use domsnap_tests::live::crash::{Operation, Victim, inject};
+use domsnap_tests::live::crash::{Operation, Victim, inject, nothing, there, without_x};
 use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::qemu;
-use domsnap_tests::report;
 use domsnap_tests::served::{self, Server};
 use serde_json::{Value, json};
 use testguest::{GuestOptions, Version};
@@ -115,18 +114,6 @@ fn served_disk_of_an_io_thread_is_cut() -> Result<()> {
     live.finish()
 }
 
-fn there(live: &Live, name: &str) -> Result<bool> {
-    let list = report::list(&live.domsnap(), NAME)?;
-    Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
-}
-
-fn without_x(live: &mut Live) -> Result<()> {
-    match there(live, "x")? {
-        true => live.delete(&["x"], &[]),
-        false => Ok(()),
-    }
-}
-
 fn on_x(live: &mut Live) -> Result<()> {
     match there(live, "x")? {
         true => Ok(()),
@@ -144,10 +131,6 @@ fn under_y(live: &mut Live) -> Result<()> {
         live.guest.wait_ticks(10)?;
         live.create("y", &["--disk-only"])?;
     }
-    Ok(())
-}
-
-fn nothing(_: &mut Live) -> Result<()> {
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{ControlInfo, MergeInfo, MergePhase, MergeRequest};
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{AttachedMerge, DiskInstant, DomainContext, Inside, OpenChain};
-use snapcore::{Domain, Error, ErrorKind, FileIdentity, Result, Target};
+use snapcore::{DiskAddress, Domain, Error, ErrorKind, FileIdentity, Result, Target};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -50,16 +50,8 @@ pub(super) fn switches<'a>(
     domain: &Domain,
 ) -> Result<Vec<Switch<'a>>> {
     let mut all = Vec::new();
-    for (target, instant) in step.disks {
-        let DiskInstant::Overlay { address, format } = instant else { continue };
-        let Some((disk, server)) = live.disk_of(target).and_then(|disk| Some((disk, disk.server.as_ref()?)))
-        else {
-            continue;
-        };
-        let info = require_in_use(disk, server)?;
-        if info.format != *format {
-            return Err(wrong_format(target, &info, format));
-        }
+    for served in overlays(live, step.disks) {
+        let ServedOverlay { target, server, address, info } = served?;
         // The permanent name: the configured path names the overlay soon.
         let record = domain.disk(target);
         let directory = record.and_then(|record| record.disk.path().parent());
@@ -73,18 +65,32 @@ pub(super) fn switches<'a>(
 
 /// Refuses overlays of another format than the server of their disk writes.
 pub(super) fn refuse_formats(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
-    for (target, instant) in disks {
-        let DiskInstant::Overlay { format, .. } = instant else { continue };
-        let Some((disk, server)) = live.disk_of(target).and_then(|disk| Some((disk, disk.server.as_ref()?)))
-        else {
-            continue;
-        };
-        let info = require_in_use(disk, server)?;
-        if info.format != *format {
-            return Err(wrong_format(target, &info, format));
-        }
-    }
-    Ok(())
+    overlays(live, disks).try_for_each(|served| served.map(drop))
+}
+
+/// A served disk that gets an overlay, and the state of its server.
+struct ServedOverlay<'a> {
+    target: &'a Target,
+    server: &'a DiskServer,
+    address: &'a DiskAddress,
+    info: ControlInfo,
+}
+
+/// Asks the server of each served disk that gets an overlay. It is refused if it is not in the state for
+/// that, or writes another format.
+fn overlays<'a>(
+    live: &'a QemuDomain,
+    disks: &'a [(Target, DiskInstant)],
+) -> impl Iterator<Item = Result<ServedOverlay<'a>>> {
+    disks.iter().filter_map(|(target, instant)| {
+        let DiskInstant::Overlay { address, format } = instant else { return None };
+        let disk = live.disk_of(target)?;
+        let server = disk.server.as_ref()?;
+        Some(require_in_use(disk, server).and_then(|info| match info.format == *format {
+            true => Ok(ServedOverlay { target, server, address, info }),
+            false => Err(wrong_format(target, &info, format)),
+        }))
+    })
 }
 
 /// Makes the servers go on in the overlays. The guest is paused. A failure switches all back.

@@ -6,13 +6,13 @@
 //! in one guest, one after the other, so that what a recovery leaves behind meets the next.
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Live, NAME};
-use crate::domsnap::status;
+use crate::domsnap::{Domsnap, status};
 use crate::report;
 use crate::shim::{self, Counted};
 
@@ -87,28 +87,17 @@ fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, s
             outcome.status == Some(status::DONE)
         }
         Victim::Server => {
-            let mut child = shim::stopping(watched, step)
-                .command(args)
-                .stdout(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()?;
-            wait_stopped(&mut child)?;
+            let child = stopped_at(watched, args, step)?;
             live.servers.kill()?;
-            let _ = Command::new("kill").args(["-CONT", &child.id().to_string()]).status()?;
+            go_on(&child)?;
             let servers = live.servers.clone();
             let started = std::thread::spawn(move || servers.start());
-            let output = child.wait_with_output()?;
-            let text = String::from_utf8_lossy(&output.stderr);
-            ensure!(
-                output.status.code().is_some() && !text.contains("panicked"),
-                "it ended with {}: {text}",
-                output.status
-            );
+            let done = ended(child)?;
             match started.join() {
                 Ok(started) => started.context("starting the server again")?,
                 Err(_) => bail!("the thread that starts servers panicked"),
             }
-            output.status.code() == Some(status::DONE)
+            done
         }
         Victim::Both => {
             let outcome = shim::killing(watched, step, false).run(args)?;
@@ -118,25 +107,14 @@ fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, s
             outcome.status == Some(status::DONE)
         }
         Victim::Qemu => {
-            let mut child = shim::stopping(watched, step)
-                .command(args)
-                .stdout(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()?;
-            wait_stopped(&mut child)?;
+            let child = stopped_at(watched, args, step)?;
             kill_qemu(live)?;
             // It is gone already where it was past the step.
-            let _ = Command::new("kill").args(["-CONT", &child.id().to_string()]).status()?;
-            let output = child.wait_with_output()?;
-            let text = String::from_utf8_lossy(&output.stderr);
-            ensure!(
-                output.status.code().is_some() && !text.contains("panicked"),
-                "it ended with {}: {text}",
-                output.status
-            );
+            go_on(&child)?;
+            let done = ended(child)?;
             start_qemu(live)?;
             live.guest.wait_boots(boots + 1)?;
-            output.status.code() == Some(status::DONE)
+            done
         }
     };
     live.domsnap().done(&["recover", NAME])?;
@@ -187,7 +165,61 @@ fn check_and_prepare(live: &mut Live, operation: &Operation, happened: bool) -> 
     live.verify()
 }
 
-fn wait_stopped(child: &mut std::process::Child) -> Result<()> {
+/// Starts domsnap, and returns when it is stopped just before a step, or has ended.
+fn stopped_at(watched: Domsnap, args: &[&str], step: u64) -> Result<Child> {
+    let mut child =
+        shim::stopping(watched, step).command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    wait_stopped(&mut child)?;
+    Ok(child)
+}
+
+/// Lets it go on. It may have ended.
+fn go_on(child: &Child) -> Result<()> {
+    Command::new("kill").args(["-CONT", &child.id().to_string()]).status()?;
+    Ok(())
+}
+
+/// Waits for its end, which must not be a signal's or a panic's. Returns true if the operation was done.
+fn ended(child: Child) -> Result<bool> {
+    let output = child.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code().is_some() && !text.contains("panicked"),
+        "it ended with {}: {text}",
+        output.status
+    );
+    Ok(output.status.code() == Some(status::DONE))
+}
+
+/// Returns true if the domain has a snapshot of this name.
+///
+/// # Errors
+/// The list cannot be had.
+pub fn there(live: &Live, name: &str) -> Result<bool> {
+    let list = report::list(&live.domsnap(), NAME)?;
+    Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
+}
+
+/// For [`Operation::again`]: deletes the snapshot `x` if it is there.
+///
+/// # Errors
+/// It cannot be deleted.
+pub fn without_x(live: &mut Live) -> Result<()> {
+    match there(live, "x")? {
+        true => live.delete(&["x"], &[]),
+        false => Ok(()),
+    }
+}
+
+/// For [`Operation::again`]: the operation can be repeated as it is.
+///
+/// # Errors
+/// None.
+pub fn nothing(_: &mut Live) -> Result<()> {
+    Ok(())
+}
+
+fn wait_stopped(child: &mut Child) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60);
     loop {
         if child.try_wait()?.is_some() {
