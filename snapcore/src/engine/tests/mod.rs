@@ -42,6 +42,27 @@ fn domain_name() -> DomainName {
     DomainName::new("web").unwrap()
 }
 
+/// What an engine borrows beside the catalogue.
+struct Tools {
+    registry: Registry,
+    events: Events,
+    manifests: Arc<dyn ManifestStore>,
+}
+
+impl Tools {
+    /// An engine for domains that do not run.
+    fn engine<'a>(&'a self, catalogue: &'a FakeCatalogue) -> Engine<'a> {
+        Engine {
+            catalogue,
+            registry: &self.registry,
+            events: &self.events,
+            manifests: &self.manifests,
+            live: None,
+            watched: None,
+        }
+    }
+}
+
 impl Bench {
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -101,6 +122,10 @@ impl Bench {
         registry
     }
 
+    fn tools(&self) -> Tools {
+        Tools { registry: self.registry(), events: Events::default(), manifests: self.manifests() }
+    }
+
     async fn entry(&self) -> Entry {
         self.catalogue.load(&domain_name()).await.unwrap().unwrap()
     }
@@ -131,15 +156,8 @@ impl Bench {
             });
         }
         let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;
-        let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
-        let engine = Engine {
-            catalogue: &self.catalogue,
-            registry: &registry,
-            events: &events,
-            manifests: &manifests,
-            live: None,
-            watched: None,
-        };
+        let tools = self.tools();
+        let engine = tools.engine(&self.catalogue);
         engine.run(&mut entry, plan, Vec::new(), cancel).await
     }
 
@@ -163,15 +181,8 @@ impl Bench {
 
     /// Recovers, and checks that no operation is left unfinished.
     async fn recover(&self) -> Vec<Run> {
-        let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
-        let engine = Engine {
-            catalogue: &self.catalogue,
-            registry: &registry,
-            events: &events,
-            manifests: &manifests,
-            live: None,
-            watched: None,
-        };
+        let tools = self.tools();
+        let engine = tools.engine(&self.catalogue);
         let mut runs = Vec::new();
         for operation in self.catalogue.unfinished(&domain_name()).await.unwrap() {
             let mut entry = self.entry().await;
@@ -522,15 +533,8 @@ async fn other_writer_stops_the_operation() {
         .commit(&domain_name(), entry.revision, vec![Change::Edit(Edit::SetCurrent { id: None })])
         .await
         .unwrap();
-    let (registry, events, manifests) = (bench.registry(), Events::default(), bench.manifests());
-    let engine = Engine {
-        catalogue: &bench.catalogue,
-        registry: &registry,
-        events: &events,
-        manifests: &manifests,
-        live: None,
-        watched: None,
-    };
+    let tools = bench.tools();
+    let engine = tools.engine(&bench.catalogue);
     let plan = Plan { commit: vec![Edit::SetCurrent { id: None }], ..Plan::new("create", Vec::new()) };
     let error = engine.run(&mut entry, plan, Vec::new(), &CancellationToken::new()).await.unwrap_err();
     assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("no changes made")));
