@@ -34,10 +34,14 @@ pub struct Change {
     pub method: Option<String>,
 }
 
+/// How long the guest rests between two ticks: its longest time without a tick is what a row reports as its
+/// gap, and is never shorter than this.
+pub const TICK_MS: u64 = 5;
+
 impl<'a> Running<'a> {
     /// Starts it.
     pub fn start(bench: &'a Bench, options: GuestOptions) -> Result<Running<'a>> {
-        let guest = options.inside(bench.path()).start()?;
+        let guest = options.tick_ms(TICK_MS).inside(bench.path()).start()?;
         let state = guest.dir().join("state");
         Ok(Running { bench, guest, state })
     }

@@ -11,6 +11,7 @@ use testguest::{Guest, GuestOptions};
 
 use crate::bench::Bench;
 use crate::child::{self, Cost};
+use crate::machine::TICK_MS;
 
 const NAME: &str = "domsnap-bench";
 
@@ -30,7 +31,7 @@ impl Virsh {
     /// # Errors
     /// What libvirt said; or it is not here: `scripts/install-libvirt` installs it.
     pub fn start(bench: &Bench, options: GuestOptions, memory_mib: u64) -> Result<Self> {
-        let mut guest = options.inside(bench.path()).start()?;
+        let mut guest = options.tick_ms(TICK_MS).inside(bench.path()).start()?;
         // What is restored from memory is no libvirt's: its disks, kernel and sockets are taken over by a
         // boot.
         guest.kill()?;

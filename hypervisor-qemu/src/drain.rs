@@ -18,6 +18,7 @@
 //! lost too (seen in one of 200 stops on a busy machine). Such a request is counted by its queue as taken and
 //! not completed. Then the disks are released and drained again: the guest is stopped when no queue has one.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use qmp::{Job, JobStatus};
@@ -217,7 +218,9 @@ async fn idle(machine: &Machine) -> Result<()> {
     let threads = machine.query("query-iothreads", Value::Null).await?;
     let mut busy: Vec<u64> =
         threads.as_array().into_iter().flatten().filter_map(|thread| thread["thread-id"].as_u64()).collect();
-    let Some(pid) = machine.pid() else {
+    // A process that has none of the threads is not QEMU's: a supervisor's, if no more can be read.
+    let has_one = |pid: &u32| busy.iter().any(|thread| task(*pid, *thread).exists());
+    let Some(pid) = machine.pid().filter(has_one) else {
         sleep(Duration::from_millis(20)).await;
         return Ok(());
     };
@@ -235,14 +238,18 @@ async fn idle(machine: &Machine) -> Result<()> {
     }
 }
 
+fn task(pid: u32, thread: u64) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/task/{thread}"))
+}
+
 /// Returns true if a thread sleeps in the wait for events. One that sleeps because another thread holds a
 /// lock is in the middle of a round.
 fn waits_for_events(pid: u32, thread: u64) -> bool {
-    let task = format!("/proc/{pid}/task/{thread}");
+    let task = task(pid, thread);
     // A thread that has ended sends no notification.
-    let Ok(stat) = std::fs::read_to_string(format!("{task}/stat")) else { return true };
+    let Ok(stat) = std::fs::read_to_string(task.join("stat")) else { return true };
     // Other users may not read where it sleeps: then its state has to do.
-    let place = std::fs::read_to_string(format!("{task}/wchan")).unwrap_or_default();
+    let place = std::fs::read_to_string(task.join("wchan")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S')) && !place.contains("futex")
 }
 

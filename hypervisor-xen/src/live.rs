@@ -61,13 +61,14 @@ pub(crate) struct XenDomain {
 }
 
 impl XenDomain {
-    /// Connects to a domain that runs, or that a detached section of ours has destroyed.
+    /// Connects to a domain that runs, with its number and its configuration as they were just read; or to
+    /// one that a detached section of ours has destroyed.
     pub(crate) async fn new(
         xl: Xl,
         domain: &Domain,
         control: &Control,
         seen: DomainInfo,
-        running: bool,
+        running: Option<(u32, Value)>,
     ) -> Result<Self> {
         let qemu: Qemu = Arc::default();
         let mut disks = Vec::new();
@@ -98,8 +99,8 @@ impl XenDomain {
             saved_running: Mutex::default(),
             section: Mutex::default(),
         };
-        if running {
-            live.refresh().await?;
+        if let Some((domid, config)) = running {
+            live.connect(domid, config).await?;
         }
         let drives = live.xen_disks().await;
         describe::note_members(&mut live.seen, &drives, domain);
@@ -113,6 +114,11 @@ impl XenDomain {
     pub(crate) async fn refresh(&self) -> Result<()> {
         let row = self.row().await?;
         let config = list::config_of(&self.xl, row.domid).await?;
+        self.connect(row.domid, config).await
+    }
+
+    /// Connects to the domain of this number and configuration.
+    async fn connect(&self, domid: u32, config: Value) -> Result<()> {
         let drives = describe::disks(&config);
         for (disk, server) in &self.disks {
             let drive = drives.iter().find(|drive| drive.target == disk.target);
@@ -120,7 +126,7 @@ impl XenDomain {
             *server.write().await = drive.map(|drive| drive.server);
         }
         let qemu = match drives.iter().any(|drive| drive.server == Server::Qdisk) {
-            true => Some(self.reach(row.domid).await?),
+            true => Some(self.reach(domid).await?),
             false => None,
         };
         *self.qemu.write().await = qemu;
@@ -232,6 +238,12 @@ impl XenDomain {
 impl LiveDomain for XenDomain {
     fn seen(&self) -> &DomainInfo {
         &self.seen
+    }
+
+    /// The QEMU that serves the disks; what the kernel serves is no process's.
+    fn processes(&self) -> Vec<u32> {
+        let qemu = self.qemu.try_read().ok().and_then(|qemu| qemu.clone());
+        qemu.map(|qemu| qemu.processes()).unwrap_or_default()
     }
 
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {

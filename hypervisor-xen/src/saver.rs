@@ -70,7 +70,7 @@ impl VmStateSaver for Xen {
         let Some(row) = row else {
             // A detached section of ours may have destroyed it.
             let Some(note) = note else { return Ok(None) };
-            return Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)));
+            return Ok(Some(Arc::new(live(note.seen(&control.address), None).await?)));
         };
         if let Some(doing) = list::in_transition(&row)
             && !cut::is_left_suspended(&xl, &row).await?
@@ -79,7 +79,7 @@ impl VmStateSaver for Xen {
         }
         match (list::config_when_made(&xl, &row).await?, note) {
             (Some(config), note) => {
-                let live = live(describe::seen(&row, &config), true).await?;
+                let live = live(describe::seen(&row, &config), Some((row.domid, config))).await?;
                 if note.is_some_and(|note| note.is_another(row.domid)) && !live.has_all_disks().await {
                     return Err(section::name_taken(&live, row.domid));
                 }
@@ -87,7 +87,7 @@ impl VmStateSaver for Xen {
             }
             // It was created in a detached section of ours, whose xl was killed as well.
             (None, Some(note)) if note.is_another(row.domid) => {
-                Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)))
+                Ok(Some(Arc::new(live(note.seen(&control.address), None).await?)))
             }
             (None, _) => Err(Error::new(
                 ErrorKind::Busy,

@@ -53,6 +53,7 @@ mod error;
 mod event;
 mod line;
 mod message;
+mod peer;
 mod qmp;
 mod reconcile;
 mod schema;
@@ -61,10 +62,10 @@ mod socket;
 pub use agent::{Agent, AgentOptions, Freeze, Frozen, Thaw};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, Events, Notice};
+pub use peer::Peer;
 pub use qmp::{Greeting, Options, Qmp};
 pub use reconcile::{Drive, Inserted, Job, JobStatus, Reconciled};
 pub use schema::Schema;
-pub use socket::Peer;
 
 // The commands, replies and events as types.
 pub use {qapi_qga, qapi_qmp};

@@ -23,9 +23,10 @@ use crate::{
     error::{Error, ErrorKind, Result},
     event::Events,
     message::command,
+    peer::{Other, Peer},
     reconcile::Reconciled,
     schema::Schema,
-    socket::{self, Other, Patience, Peer, Stream},
+    socket::{self, Patience, Stream},
 };
 
 /// Options of a connection.

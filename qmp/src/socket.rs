@@ -1,12 +1,11 @@
-//! The socket: opening it, writing a line with a file descriptor, and the process at the other end.
+//! The socket: opening it, and writing a line with a file descriptor.
 //!
 //! An address is the path of a Unix socket, or `tcp:HOST:PORT` on the loopback interface.
 
 use std::{
-    fs,
     io::{self, IoSlice},
     mem::MaybeUninit,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
@@ -189,121 +188,6 @@ pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize
     }
 }
 
-/// The process at the other end, which made the socket listen: QEMU itself, unless the socket was handed to
-/// it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Peer {
-    /// Its process id.
-    pub pid: u32,
-    /// Its user.
-    pub uid: u32,
-    /// Its start time, in clock ticks since boot: distinguishes it from a later process with the same id.
-    pub start_ticks: Option<u64>,
-}
-
-/// Source of information about the process at the other end.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Other {
-    /// The system reported it when the socket was opened.
-    Known(Peer),
-    /// Both ends of a TCP connection: ours, and the peer's.
-    Tcp(SocketAddr, SocketAddr),
-    Unknown,
-}
-
-impl Other {
-    pub(crate) fn of(stream: &Stream) -> Self {
-        match stream {
-            Stream::Unix(stream) => Peer::of(stream).map_or(Self::Unknown, Self::Known),
-            Stream::Tcp(stream) => match (stream.local_addr(), stream.peer_addr()) {
-                (Ok(own), Ok(its)) => Self::Tcp(own, its),
-                _ => Self::Unknown,
-            },
-        }
-    }
-
-    /// Returns the process. For TCP it is known only after it has accepted the connection, so after the
-    /// greeting.
-    pub(crate) fn peer(self) -> Option<Peer> {
-        match self {
-            Self::Known(peer) => Some(peer),
-            Self::Tcp(own, its) => {
-                let (inode, uid) = tcp_socket(its, own)?;
-                let pid = process_with(inode)?;
-                Some(Peer { pid, uid, start_ticks: start_ticks(pid) })
-            }
-            Self::Unknown => None,
-        }
-    }
-}
-
-/// Finds inode and user of the TCP socket between these ends in the kernel's tables.
-fn tcp_socket(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u32)> {
-    let wanted = (canonical(local), canonical(remote));
-    ["/proc/net/tcp", "/proc/net/tcp6"].iter().find_map(|table| {
-        let table = fs::read_to_string(table).ok()?;
-        table.lines().skip(1).find_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            let ends = (canonical(table_address(fields.get(1)?)?), canonical(table_address(fields.get(2)?)?));
-            let inode = fields.get(9)?.parse().ok().filter(|inode| *inode != 0)?;
-            (ends == wanted).then_some((inode, fields.get(7)?.parse().ok()?))
-        })
-    })
-}
-
-/// Makes an IPv4 address in IPv6 form the same as in IPv4 form.
-fn canonical(address: SocketAddr) -> (IpAddr, u16) {
-    (address.ip().to_canonical(), address.port())
-}
-
-/// Parses `0100007F:1F90`: 32-bit words in the machine's byte order, then the port.
-fn table_address(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let mut bytes = Vec::new();
-    for at in (0..address.len()).step_by(8) {
-        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
-        bytes.extend(word.to_ne_bytes());
-    }
-    let ip = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-    };
-    Some(SocketAddr::new(ip, port))
-}
-
-/// Finds the process that has a socket open. Processes with unreadable descriptors are skipped.
-fn process_with(inode: u64) -> Option<u32> {
-    let link = format!("socket:[{inode}]");
-    let pids =
-        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let has = |pid: &u32| {
-        let open = fs::read_dir(format!("/proc/{pid}/fd"));
-        open.into_iter()
-            .flatten()
-            .flatten()
-            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == link.as_str()))
-    };
-    pids.filter(has).min()
-}
-
-impl Peer {
-    pub(crate) fn of(stream: &UnixStream) -> Option<Self> {
-        let credentials = rustix::net::sockopt::socket_peercred(stream).ok()?;
-        let pid = u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()?;
-        Some(Self { pid, uid: credentials.uid.as_raw(), start_ticks: start_ticks(pid) })
-    }
-}
-
-/// Reads field 22 of `/proc/PID/stat`. The second field, the command's name, may contain anything,
-/// parentheses too.
-fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, after_name) = stat.rsplit_once(')')?;
-    after_name.split_whitespace().nth(19)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,16 +208,5 @@ mod tests {
         {
             assert_eq!(parse(text).unwrap_err().kind(), ErrorKind::Invalid, "{text}");
         }
-    }
-
-    #[test]
-    fn table_addresses_are_read_in_both_families() {
-        let native = |address: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(address));
-        let four = format!("{}:1F90", native([127, 0, 0, 1]));
-        assert_eq!(table_address(&four), Some("127.0.0.1:8080".parse().unwrap()));
-        let mapped = [[0; 4], [0; 4], [0, 0, 0xff, 0xff], [127, 0, 0, 1]].map(native).concat();
-        let six = table_address(&format!("{mapped}:0050")).unwrap();
-        assert_eq!(canonical(six), canonical("127.0.0.1:80".parse().unwrap()));
-        assert_eq!(table_address("nothing"), None);
     }
 }

@@ -4,6 +4,7 @@ mod machine;
 
 use std::{
     io::{Read, Seek, Write},
+    os::{fd::AsRawFd, unix::net::UnixListener},
     time::Duration,
 };
 
@@ -23,6 +24,31 @@ async fn wait_for(events: &mut qmp::Events, name: &str) -> qmp::Event {
         }
     };
     tokio::time::timeout(Duration::from_secs(30), search).await.unwrap_or_else(|_| panic!("no event {name}"))
+}
+
+/// A socket that a supervisor opened and handed to QEMU is QEMU's, whether the supervisor lives or not.
+#[tokio::test]
+async fn handed_socket_is_served_by_qemu() {
+    for version in BOTH {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a monitor");
+        let listener = UnixListener::bind(&path).expect("a listener");
+        rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).expect("it is inherited");
+        let handed = format!("socket,id=handed,fd={},server=on,wait=off", listener.as_raw_fd());
+        let machine = Machine::start(version, &["-chardev", &handed, "-mon", "chardev=handed,mode=control"]);
+        let qmp = qmp::Qmp::connect(&path).await.expect("QEMU serves it");
+        assert_eq!(
+            qmp.peer().map(|peer| peer.pid),
+            machine.process.id(),
+            "{version:?}: the supervisor has it open"
+        );
+        drop((qmp, listener));
+        let qmp = qmp::Qmp::connect(&path).await.expect("QEMU serves it");
+        let peer = qmp.peer().expect("its process is known");
+        assert_eq!(Some(peer.pid), machine.process.id(), "{version:?}: the supervisor has closed it");
+        assert_eq!(peer.uid, rustix::process::getuid().as_raw());
+        assert!(peer.start_ticks.is_some());
+    }
 }
 
 /// A connection greets, runs typed and raw commands, and returns QEMU's refusals.

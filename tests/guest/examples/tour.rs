@@ -50,7 +50,7 @@ fn main() -> Result<()> {
     let domsnap = std::env::args_os().nth(1).context("give the path of domsnap")?.into();
     chapter("A guest that runs: two disks, memory that it writes to all the time");
     println!("(the first time its kernel is fetched and it is booted; later it begins where it was)");
-    let guest = GuestOptions::new().deadline(Duration::from_secs(60)).start()?;
+    let guest = GuestOptions::new().tick_ms(5).deadline(Duration::from_secs(60)).start()?;
     guest.dirty(32, 50.0)?;
     guest.blocks(64, 100.0)?;
     let tour = Tour { guest, domsnap };

@@ -17,7 +17,7 @@ use super::{
 /// Within which a guest must boot, tick, answer.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-const MEMORY_MIB: u32 = 96;
+const MEMORY_MIB: u32 = 72;
 
 /// What a disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl DomU {
             .collect();
         format!(
             "name=\"{}\"\ntype=\"pv\"\nmemory={MEMORY_MIB}\nvcpus=1\nkernel=\"/guest/kernel\"\nramdisk=\"/guest/initrd\"\n\
-             extra=\"console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on domsnap.disks={} domsnap.tick=200\"\n\
+             extra=\"console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on domsnap.disks={} domsnap.tick=500\"\n\
              disk=[ {} ]\non_reboot=\"restart\"\non_crash=\"preserve\"\n",
             self.name,
             self.disks.len(),
