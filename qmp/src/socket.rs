@@ -6,12 +6,15 @@ use std::{
     io::{self, IoSlice},
     mem::MaybeUninit,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::{
+    fs::{Mode, OFlags},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+};
 use tokio::{
     io::Interest,
     net::{TcpStream, UnixStream},
@@ -74,7 +77,7 @@ pub(crate) enum Stream {
 impl Stream {
     async fn connect(address: &Address) -> io::Result<Self> {
         match address {
-            Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+            Address::Unix(path) => connect_unix(path).await.map(Self::Unix),
             Address::Tcp(place) => {
                 let stream = TcpStream::connect(place).await?;
                 // Commands are small, and each waits for an answer.
@@ -107,6 +110,20 @@ impl AsFd for Stream {
     }
 }
 
+/// Connects to a Unix socket. The system takes names of 107 bytes; a QEMU that was started in a deep directory
+/// has listened by a shorter, relative name. So a socket with a longer path is reached through its directory.
+async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    const LONGEST: usize = 107;
+    let long = path.as_os_str().len() > LONGEST;
+    let (Some(directory), Some(name), true) = (path.parent(), path.file_name(), long) else {
+        return UnixStream::connect(path).await;
+    };
+    let directory =
+        rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    UnixStream::connect(short).await
+}
+
 /// Connects, and tries again until `deadline` after the failures in `patience`.
 pub(crate) async fn open(socket: &Path, patience: Patience, deadline: Instant) -> Result<Stream> {
     let address = Address::parse(socket)?;
@@ -137,6 +154,9 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
         io::ErrorKind::PermissionDenied => "run as the user that QEMU runs as, or as root",
         io::ErrorKind::WouldBlock => {
             "other clients wait for it already, or QEMU hangs: close them, or give QEMU a second socket"
+        }
+        io::ErrorKind::InvalidInput => {
+            "its name is too long for the system: give QEMU one with a shorter name"
         }
         _ => "check that it is a Unix socket that QEMU serves",
     };
@@ -208,5 +228,22 @@ mod tests {
         {
             assert_eq!(parse(text).unwrap_err().kind(), ErrorKind::Invalid, "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn long_path_is_reached_through_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("d".repeat(80)).join("e".repeat(80));
+        std::fs::create_dir_all(&deep).unwrap();
+        let socket = deep.join("qmp");
+        let open = rustix::fs::open(&deep, OFlags::PATH, Mode::empty()).unwrap();
+        let _listener =
+            tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/qmp", open.as_raw_fd())).unwrap();
+        let soon = Instant::now() + Duration::from_secs(10);
+        super::open(&socket, Patience::Busy, soon).await.unwrap();
+        let missing = super::open(&deep.join("other"), Patience::Busy, soon).await.unwrap_err();
+        assert!(missing.to_string().contains("check the path"), "{missing}");
+        let long = super::open(&deep.join("n".repeat(120)), Patience::Busy, soon).await.unwrap_err();
+        assert!(long.to_string().contains("shorter name"), "{long}");
     }
 }

@@ -248,10 +248,10 @@ impl Header {
             if head.get(..4) == Some(&MAGIC.to_be_bytes()) {
                 return Err(Failure::Short(V2_LENGTH));
             }
-            return Err(not_qcow2().into());
+            return Err(not_qcow2(head).into());
         };
         if v2.magic.get() != MAGIC {
-            return Err(not_qcow2().into());
+            return Err(not_qcow2(head).into());
         }
         let version = v2.version.get();
         if version != 2 && version != 3 {
@@ -664,14 +664,41 @@ fn unknown_features(bits: u64, extensions: &[Extension]) -> Error {
         .advise("convert it with a QEMU that knows them")
 }
 
-fn not_qcow2() -> Error {
-    Error::new(ErrorKind::WrongFormat, "the file does not start with a qcow2 header")
-        .advise("if it is an image of another format, state that behind its path: PATH,format=raw")
+/// The formats that are known by their first bytes. They only make the advice: a guest can write such bytes to a
+/// raw disk, so the format is what the user states.
+const OTHERS: [(&[u8], &str); 4] = [
+    (b"conectix", "it looks like a VHD: state that behind its path: PATH,format=vhd"),
+    (b"vhdxfile", "it looks like a VHDX: convert it (`qemu-img convert -f vhdx -O qcow2`)"),
+    (b"KDMV", "it looks like a VMDK: convert it (`qemu-img convert -f vmdk -O qcow2`)"),
+    (b"QED\0", "it looks like a QED image: convert it (`qemu-img convert -f qed -O qcow2`)"),
+];
+
+fn not_qcow2(head: &[u8]) -> Error {
+    let known = OTHERS.iter().find(|(magic, _)| head.starts_with(magic));
+    Error::new(ErrorKind::WrongFormat, "the file does not start with a qcow2 header").advise(known.map_or(
+        "if it is an image of another format, state that behind its path: PATH,format=raw, or format=vhd",
+        |(_, advice)| *advice,
+    ))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_format_is_named() {
+        for (head, advice) in [
+            (&b"conectix and more"[..], "format=vhd"),
+            (b"vhdxfile and more", "-f vhdx"),
+            (b"KDMV and more", "-f vmdk"),
+            (b"anything at all", "format=raw"),
+        ] {
+            let mut bytes = vec![0; 512];
+            bytes[..head.len()].copy_from_slice(head);
+            let Err(Failure::Bad(error)) = Header::parse_some(&bytes) else { panic!("it was read") };
+            assert!(error.advice().is_some_and(|text| text.contains(advice)), "{error:?}");
+        }
+    }
 
     /// Makes a version 3 header of 64 KiB clusters with these extension bytes.
     fn sample(extensions: &[u8]) -> Vec<u8> {

@@ -87,15 +87,17 @@ fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Res
         return Ok(fixed(point::at(session, image, format, name)?));
     }
     if format == "qcow2" {
-        return match serve.read_only {
-            true => Ok(fixed(point::current(session, image, format)?)),
-            false => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{image} is a qcow2 image, and those are served read-only"),
-            )
-            .advise("add --read-only or --at SNAPSHOT; QEMU and qemu-nbd write qcow2 images themselves")
-            .into()),
-        };
+        // Opened first: what is no qcow2 image at all is told so.
+        let served = point::current(session, image, format)?;
+        if serve.read_only {
+            return Ok(fixed(served));
+        }
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{image} is a qcow2 image, and those are served read-only"),
+        )
+        .advise("add --read-only or --at SNAPSHOT; QEMU and qemu-nbd write qcow2 images themselves")
+        .into());
     }
     if !serve.read_only {
         require_writable(session, image)?;

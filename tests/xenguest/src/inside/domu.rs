@@ -17,7 +17,7 @@ use super::{
 /// Within which a guest must boot, tick, answer.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-const MEMORY_MIB: u32 = 72;
+const MEMORY_MIB: u32 = 96;
 
 /// What a disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
