@@ -56,6 +56,7 @@ mod child;
 mod fault;
 mod fixture;
 pub mod hypervisor;
+mod live;
 mod model;
 pub mod powerloss;
 pub mod record;
