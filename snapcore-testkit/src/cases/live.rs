@@ -138,7 +138,7 @@ impl Fixture<'_> {
     fn run_live(&mut self, op: &Op) -> Result<()> {
         let before = self.live_before(op)?;
         self.process()?.run_waiting(op)?.with_context(|| format!("{op:?}"))?;
-        ensure!(self.settle(op, &before)?, "{op:?} succeeded, and did not happen");
+        ensure!(self.follow(op, &before)?, "{op:?} succeeded, and did not happen");
         Ok(())
     }
 
@@ -160,7 +160,7 @@ impl Fixture<'_> {
     }
 
     /// Brings the model to what an operation made of the domain, and compares. Returns whether it happened.
-    fn settle(&mut self, op: &Op, before: &Before) -> Result<bool> {
+    fn follow(&mut self, op: &Op, before: &Before) -> Result<bool> {
         let guest = self.guest()?;
         let (tree, boots) = (self.tree()?, guest.take_boots());
         let earlier = self.model.clone();
@@ -421,7 +421,7 @@ fn crashing(fixture: &mut Fixture<'_>, of: fn(&Fixture<'_>) -> Op) -> Result<()>
             guest.write_on(2).with_context(at)?;
             fixture.recover().with_context(at)?;
         }
-        let happened = fixture.settle(&op, &before).with_context(at)?;
+        let happened = fixture.follow(&op, &before).with_context(at)?;
         if !crashed {
             ensure!(happened && number > 1, "{op:?} has no moment to crash at");
             return fixture.check_all_live();
@@ -451,7 +451,7 @@ fn failing(fixture: &mut Fixture<'_>) -> Result<()> {
                 .context("an undone create, before any recovery")?;
         }
         fixture.recover().with_context(at)?;
-        let happened = fixture.settle(&op, &before).with_context(at)?;
+        let happened = fixture.follow(&op, &before).with_context(at)?;
         ensure!(happened || kind.is_some(), "{}: it succeeded, and did not happen", at());
         if !fired {
             ensure!(kind.is_none(), "{}: no fault fired, and it failed: {:?}", at(), outcome.err());
