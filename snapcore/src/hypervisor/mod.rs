@@ -10,9 +10,7 @@ mod saver;
 mod step;
 
 pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
-pub use saver::{
-    Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver,
-};
+pub use saver::{Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver};
 pub use step::{
     DiskInstant, DomainStep, GuestChange, Medium, MemoryPlan, PowerAfter, Quiesce, Restart, RestartSource,
     StartedDomain, StepOutcome, Taken,

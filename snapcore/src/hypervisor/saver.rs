@@ -405,6 +405,25 @@ pub trait VmStateSaver: Send + Sync {
     /// returns the command for the user.
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome>;
 
+    /// Returns a machine's record ([`DomainInfo::machine`]) fit for display: without its secrets, such as
+    /// passwords on a recorded command line.
+    fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {
+        machine.clone()
+    }
+
+    /// Returns a command that starts a domain fit for display: without its secrets.
+    fn shown_command(&self, command: &[String]) -> Vec<String> {
+        command.to_vec()
+    }
+
+    /// Returns what may be recorded of a machine's record that a manifest has. A manifest is data of whoever
+    /// owns its directory. If it is not `trusted`, nothing is kept that this hypervisor would run: a program,
+    /// a command line, an environment.
+    fn kept_machine(&self, machine: &serde_json::Value, trusted: bool) -> serde_json::Value {
+        let _ = trusted;
+        machine.clone()
+    }
+
     /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
     /// text: firmware variables, a TPM. `machine` is as [`DomainInfo::machine`]; without it the domain's
     /// record is used.
