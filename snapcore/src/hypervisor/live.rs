@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::saver::{DomainInfo, Obstacle};
 use super::step::{DomainStep, Medium, StepOutcome};
-use crate::address::{DiskAddress, FileIdentity};
+use crate::address::{DiskAddress, DiskIdentity, FileIdentity};
 use crate::backend::Progress;
 use crate::domain::Domain;
 use crate::error::Result;
@@ -197,6 +197,16 @@ pub trait AttachedDisk: Send + Sync {
     /// The image files that the hypervisor has open for this disk now: none in a detached section. The
     /// hypervisor has them locked and controls their contents.
     async fn open_files(&self) -> Result<HashSet<FileIdentity>>;
+
+    /// Returns true if the hypervisor has the image of this identity open for this disk now. The identity is
+    /// one that the disk's backend gives ([`crate::backend::DiskSnapshotter::identity`]). A hypervisor with
+    /// disks that are no files of this machine knows them by their names.
+    async fn has_open(&self, image: &DiskIdentity) -> Result<bool> {
+        match image {
+            DiskIdentity::Inode(file) => Ok(self.open_files().await?.contains(file)),
+            DiskIdentity::Named(_) => Ok(false),
+        }
+    }
 
     /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has closed the others'
     /// files, and the image above is backed by the merged one.
