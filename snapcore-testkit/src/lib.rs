@@ -50,10 +50,10 @@
 
 //! **Running domains.** A backend that declares `live` runs test cases on a domain with a guest. The kit
 //! cannot have a QEMU, so it has a test hypervisor and a guest of its own. The guest is a thread that writes
-//! with [`TestBackend::write`] until each pause, and again before each resume is done. What it wrote until the
-//! instant is what the point must hold. The test hypervisor leaves the points to the backend. Where a
-//! hypervisor takes them ([`TestBackend::takes_live_points`] is false), the kit looks only at the plan, because
-//! the rest is what that hypervisor does: overlays, internal snapshots, merges of open chains.
+//! with [`TestBackend::write`] until each pause, and again before each resume is done. What it wrote until
+//! the instant is what the point must hold. The test hypervisor leaves the points to the backend. Where a
+//! hypervisor takes them ([`TestBackend::takes_live_points`] is false), the kit looks only at the plan. The
+//! rest is what that hypervisor does: overlays, internal snapshots, merges of open chains.
 
 #![forbid(unsafe_code)]
 

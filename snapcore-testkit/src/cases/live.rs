@@ -1,8 +1,8 @@
 //! Running domains: a guest writes to the disks all the time, except while it is paused.
 //!
-//! The guest and its hypervisor are the kit's own ([`crate::live`]). The guest writes until the very moment of
-//! a pause, and again before the step that resumes it is done. So a point that is taken a step too early or
-//! too late holds other bytes than the guest had written at the instant.
+//! The guest and its hypervisor are the kit's own ([`crate::live`]). The guest writes until the very moment
+//! of a pause, and again before the step that resumes it is done. So a point that is taken a step too early
+//! or too late holds other bytes than the guest had written at the instant.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -75,8 +75,8 @@ impl Importer {
         Ok(restored)
     }
 
-    /// Returns the machines of a manifest with the parts that their hypervisor says may be kept, and the names
-    /// that have changed by that. Machines that the catalogue itself has are kept whole. Of a manifest
+    /// Returns the machines of a manifest with the parts that their hypervisor says may be kept, and the
+    /// names that have changed by that. Machines that the catalogue itself has are kept whole. Of a manifest
     /// that is not trusted and a hypervisor that is not known, nothing is kept: what in a record would be run
     /// is not known either.
     fn kept_machines(
