@@ -15,7 +15,7 @@ use snapcore_testkit::wrong::{self, Wrong};
 const WRONG: &str = "WRONG_BACKEND";
 
 /// Each broken promise, the test case that finds it, and a part of its message.
-const BROKEN: [(Wrong, &str, &str); 13] = [
+const BROKEN: [(Wrong, &str, &str); 14] = [
     (Wrong::FreeDeletes, "delete_cost_is_not_always_zero", "to delete any frees"),
     (Wrong::LatePoint, "live_point_is_of_instant", "and the instant was at"),
     (Wrong::EarlyPoint, "live_point_is_of_instant", "and the instant was at"),
@@ -28,6 +28,7 @@ const BROKEN: [(Wrong, &str, &str); 13] = [
     (Wrong::LatePoint, "live_dry_run_changes_nothing", "steps at the instant"),
     (Wrong::PlanWrites, "live_dry_run_changes_nothing", ".planned"),
     (Wrong::UndoRestores, "live_failed_create_is_undone", "what the guest wrote"),
+    (Wrong::UndoLeaves, "live_cancel_is_atomic", "it was undone, and left"),
     (Wrong::UndoLeaves, "live_create_crash_keeps_writes", "it was undone, and left"),
     (Wrong::UndoLeaves, "live_revert_crash_is_atomic", "which crashed at moment"),
 ];

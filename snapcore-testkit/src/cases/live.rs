@@ -12,6 +12,7 @@ use snapcore::backend::Capabilities;
 use snapcore::hypervisor::{DiskInstant, DomainStep};
 use snapcore::service::{DeleteRequest, Request, RevertRequest};
 use snapcore::{ActivePath, CutUnit, ErrorKind, Plan, SnapshotName};
+use tokio_util::sync::CancellationToken;
 
 use super::{DomainKind, TestCase, trees_with_deletes};
 use crate::fault::{Fault, FaultKind, Moment};
@@ -27,7 +28,7 @@ fn live_trees(can: &Capabilities, subject: &dyn TestBackend) -> bool {
     live(can, subject) && trees_with_deletes(can, subject)
 }
 
-pub(super) const CASES: [TestCase; 11] = [
+pub(super) const CASES: [TestCase; 12] = [
     TestCase::with(
         "live_point_is_of_instant",
         "the point of a running domain holds what its guest had written at the instant, and nothing later",
@@ -99,6 +100,13 @@ pub(super) const CASES: [TestCase; 11] = [
     )
     .of(DomainKind::Running),
     TestCase::with(
+        "live_cancel_is_atomic",
+        "a create on a running domain that is cancelled anywhere happened whole or not at all",
+        live_trees,
+        |subject, method| with_guest(subject, method, cancelled),
+    )
+    .of(DomainKind::Running),
+    TestCase::with(
         "live_plan_leaves_points_to_hypervisor",
         "the plan of a running domain's create has each point taken by the hypervisor, or is refused",
         live,
@@ -152,7 +160,8 @@ impl Fixture<'_> {
 
     fn live_before(&mut self, op: &Op) -> Result<Before> {
         let guest = self.guest()?;
-        (guest.take_instant(), guest.take_boots());
+        guest.take_instant();
+        guest.take_boots();
         if let Op::Revert { to, .. } = op {
             ensure!(self.model.current.as_ref() != Some(to), "only another current snapshot shows a revert");
         }
@@ -426,6 +435,34 @@ fn crashing(fixture: &mut Fixture<'_>, of: fn(&Fixture<'_>) -> Op) -> Result<()>
             ensure!(happened && number > 1, "{op:?} has no moment to crash at");
             return fixture.check_all_live();
         }
+    }
+    Ok(())
+}
+
+/// Cancels a create at each moment, one after the other.
+fn cancelled(fixture: &mut Fixture<'_>) -> Result<()> {
+    for number in 1.. {
+        prepare(fixture)?;
+        let op = create_new(fixture);
+        let before = fixture.live_before(&op)?;
+        let at = || format!("{op:?} on a running domain, cancelled at moment {number}");
+        let cancel = CancellationToken::new();
+        let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Cancel(cancel.clone()));
+        let ended = fixture.run_cancellable(&op, vec![fault], &cancel).with_context(at)?;
+        let outcome = ended.context("nothing stops here")?;
+        let fired = fixture.has_fired()?;
+        if let Err(error) = &outcome {
+            ensure!(error.kind() == ErrorKind::Cancelled, "{}: it says: {error}", at());
+        }
+        // Nothing is left to a recovery: the guest goes on now.
+        let happened = fixture.follow(&op, &before).with_context(at)?;
+        ensure!(happened == outcome.is_ok(), "{}: {outcome:?}, and it happened: {happened}", at());
+        if !fired {
+            ensure!(number > 1, "{op:?} has no moment to be cancelled at");
+            return fixture.check_all_live();
+        }
+        // Deferred steps are done by it.
+        fixture.recover().with_context(at)?;
     }
     Ok(())
 }
