@@ -21,6 +21,8 @@ use snapcore::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::wrong::{Wrong, Wrongdoer};
+
 /// A moment of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Moment {
@@ -52,7 +54,7 @@ impl Moment {
     ];
 }
 
-/// FaultKind a fault faults.
+/// The effect of a fault.
 #[derive(Debug, Clone)]
 pub(crate) enum FaultKind {
     /// The call fails.
@@ -88,7 +90,7 @@ struct Armed {
     seen: Vec<String>,
     statuses: Vec<StepStatus>,
     declared: Option<Capabilities>,
-    free_deletes: bool,
+    wrong: Option<Wrongdoer>,
 }
 
 /// Injects faults, and records what it saw.
@@ -129,9 +131,14 @@ impl FaultInjector {
         self.armed().declared = Some(capabilities);
     }
 
-    /// Reports from now on that a delete frees and moves nothing.
-    pub(crate) fn report_free_deletes(&self) {
-        self.armed().free_deletes = true;
+    /// Breaks a promise from now on.
+    pub(crate) fn do_wrong(&self, wrong: Wrong) {
+        self.armed().wrong = Some(Wrongdoer::new(wrong));
+    }
+
+    /// What breaks a promise, if anything does.
+    fn wrong(&self) -> Option<Wrongdoer> {
+        self.armed().wrong.clone()
     }
 
     /// Asks for every step's status, before and after, from now on.
@@ -167,7 +174,7 @@ impl FaultInjector {
         due
     }
 
-    async fn pass(&self, moment: Moment) -> Result<()> {
+    pub(crate) async fn pass(&self, moment: Moment) -> Result<()> {
         match self.due(moment) {
             None => Ok(()),
             Some(FaultKind::Fail(kind)) => Err(Error::new(kind, format!("an injected fault ({moment:?})"))),
@@ -309,7 +316,11 @@ impl DiskSnapshotter for FaultyBackend {
         active_path: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan> {
-        self.inner.plan(disk, state, active_path, request).await
+        let plan = self.inner.plan(disk, state, active_path, request).await?;
+        match self.faults.wrong() {
+            Some(wrong) => wrong.plan(disk, state, request, plan),
+            None => Ok(plan),
+        }
     }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await
@@ -333,6 +344,9 @@ impl DiskSnapshotter for FaultyBackend {
         if twice {
             self.inner.apply(step, context).await?;
         }
+        if let Some(wrong) = self.faults.wrong() {
+            wrong.applied(context.disk, |layer| self.inner.layer_address(context.disk, layer))?;
+        }
         if watched {
             self.ask(step, context, "after it is done", StepStatus::NotDone).await?;
         }
@@ -342,6 +356,11 @@ impl DiskSnapshotter for FaultyBackend {
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
         let (twice, watched) = self.faults.modes();
         self.faults.pass(Moment::BeforeUndo).await?;
+        if let Some(wrong) = self.faults.wrong()
+            && wrong.replaces_undo(context.disk)?
+        {
+            return Ok(());
+        }
         self.inner.undo(step, context).await?;
         if twice {
             self.inner.undo(step, context).await?;
@@ -372,7 +391,7 @@ impl DiskSnapshotter for FaultyBackend {
         keep: &[Point],
     ) -> Result<DeleteCost> {
         let cost = self.inner.cost_of_delete(disk, state, drop, keep).await?;
-        let free = self.faults.armed().free_deletes;
+        let free = self.faults.wrong().is_some_and(|wrong| wrong.is(Wrong::FreeDeletes));
         Ok(if free { DeleteCost::new(0, 0) } else { cost })
     }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {

@@ -9,15 +9,17 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use serde::{Deserialize, Serialize};
+use snapcore::hypervisor::Control;
 use snapcore::service::{
     CreateDisk, CreateRequest, DeleteRequest, DomainRef, DomainSpec, Domsnap, RevertRequest,
 };
 use snapcore::service::{Outcome, RecoveryReport};
-use snapcore::{DiskRecord, DomainName, Error, ErrorKind, PointKind, Registry, SnapshotName, Target};
+use snapcore::{Disk, DiskRecord, DomainName, Error, ErrorKind, PointKind, Registry, SnapshotName, Target};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
 use crate::fault::{Fault, FaultInjector, FaultyBackend, FaultyCatalogue};
+use crate::live::{NAME, TestGuest, TestHypervisor};
 use crate::model::{Bytes, Model, Tree};
 use crate::seed::Seed;
 use crate::test_backend::TestBackend;
@@ -25,10 +27,10 @@ use crate::test_backend::TestBackend;
 /// The disks of a domain under test.
 pub(crate) const TARGETS: [&str; 2] = ["vda", "vdb"];
 
-/// FaultKind long one waits for a process that was killed to be gone.
+/// The longest wait for a process that was killed to be gone.
 const GONE: Duration = Duration::from_secs(30);
 
-/// FaultKind points are taken.
+/// How points are taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Method {
     /// As points of a kind.
@@ -80,6 +82,9 @@ pub(crate) struct TestDomain {
     pub(crate) domain: DomainName,
     pub(crate) method: Method,
     pub(crate) targets: Vec<String>,
+    /// The guest, if the domain is not always at rest. It lives in this process alone.
+    #[serde(skip)]
+    pub(crate) guest: Option<Arc<TestGuest>>,
 }
 
 impl TestDomain {
@@ -108,6 +113,9 @@ impl Process {
         let _entered = runtime.enter();
         let mut registry = Registry::new();
         registry.register(Arc::new(FaultyBackend { inner: subject.backend(), faults: faults.clone() }))?;
+        if let Some(guest) = &test_domain.guest {
+            registry.register_hypervisor(Arc::new(TestHypervisor::new(guest.clone(), faults.clone())));
+        }
         let catalogue =
             FaultyCatalogue { inner: SqliteCatalogue::new(test_domain.state()), faults: faults.clone() };
         let service = Domsnap::new(Arc::new(catalogue), registry);
@@ -123,6 +131,12 @@ impl Process {
         }
     }
 
+    /// Requests a create of all disks. The test hypervisor saves no memory.
+    pub(crate) fn create_request(&self, name: SnapshotName) -> snapcore::Result<CreateRequest> {
+        let request = self.test_domain.method.create(name, &self.test_domain.targets)?;
+        Ok(if self.test_domain.guest.is_some() { request.memory(false) } else { request })
+    }
+
     /// Does an operation; `None` where it stopped for ever.
     pub(crate) fn run(
         &self,
@@ -133,7 +147,7 @@ impl Process {
         let (service, domain, cancel) = (&self.service, &self.domain, cancel.clone());
         let work: std::pin::Pin<Box<dyn Future<Output = snapcore::Result<Outcome>> + '_>> = match op {
             Op::Create(point) => {
-                let request = self.test_domain.method.create(name(point)?, &self.test_domain.targets)?;
+                let request = self.create_request(name(point)?)?;
                 Box::pin(service.create(domain, request, cancel))
             }
             Op::Revert { to, save } => {
@@ -229,6 +243,17 @@ impl<'a> Fixture<'a> {
 
     /// A domain without snapshots, whose disks have these names.
     pub(crate) fn named(subject: &'a dyn TestBackend, method: &Method, names: &[&str]) -> Result<Self> {
+        Self::make(subject, method, names, false)
+    }
+
+    /// A domain without snapshots, with a guest that runs.
+    pub(crate) fn running(subject: &'a dyn TestBackend, method: &Method) -> Result<Self> {
+        let fixture = Self::make(subject, method, &TARGETS, true)?;
+        fixture.guest()?.power_on();
+        Ok(fixture)
+    }
+
+    fn make(subject: &'a dyn TestBackend, method: &Method, names: &[&str], runs: bool) -> Result<Self> {
         let root = match subject.ground() {
             Some(ground) => tempfile::tempdir_in(ground)?,
             None => tempfile::tempdir()?,
@@ -240,6 +265,7 @@ impl<'a> Fixture<'a> {
             domain: DomainName::new("test")?,
             method: method.clone(),
             targets: Vec::new(),
+            guest: None,
         };
         std::fs::create_dir(test_domain.disks())?;
         let mut fixture = Self {
@@ -256,15 +282,22 @@ impl<'a> Fixture<'a> {
             let backend = process.service.registry().iter().next().context("no backend")?;
             backend.format().to_owned()
         };
+        let mut disks = Vec::new();
         for (index, name) in names.iter().enumerate() {
             let target = format!("vd{}", char::from(b'a' + u8::try_from(index)?));
             let content = fixture.random_bytes(usize::try_from(subject.size())?);
             let path = subject
                 .make(&fixture.test_domain.disks(), name, &content)
                 .with_context(|| format!("making a disk called {name:?}"))?;
+            let content = Arc::new(content);
+            disks.push((Disk::new(Target::new(target.clone())?, &path, format.clone()), content.clone()));
             spec = spec.disk(Target::new(target.clone())?, path, format.clone());
-            fixture.model.disks.insert(target.clone(), Arc::new(content));
+            fixture.model.disks.insert(target.clone(), content);
             fixture.test_domain.targets.push(target);
+        }
+        if runs {
+            fixture.test_domain.guest = Some(Arc::new(TestGuest::new(disks)));
+            spec = spec.run_by(NAME, Control::at("guest"));
         }
         let process = fixture.process()?;
         process.wait(process.service.domain_add(&spec))?;
@@ -282,6 +315,11 @@ impl<'a> Fixture<'a> {
             fixture.write_random()?;
         }
         Ok(fixture)
+    }
+
+    /// The guest of a domain that runs.
+    pub(crate) fn guest(&self) -> Result<Arc<TestGuest>> {
+        self.test_domain.guest.clone().context("the domain is at rest and has no guest")
     }
 
     pub(crate) fn subject(&self) -> &'a dyn TestBackend {

@@ -64,10 +64,11 @@ fn case<M: TestMachine + 'static>(
     })
 }
 
-/// Counts what runs inside an instant, and fails it on request.
+/// Counts what runs inside an instant and what is reversed there, and fails it on request.
 #[derive(Default)]
 struct Counted {
     runs: Mutex<u32>,
+    reversals: Mutex<u32>,
     fails: bool,
 }
 
@@ -82,6 +83,7 @@ impl Inside for Counted {
     }
 
     async fn back(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        *self.reversals.lock().await += 1;
         Ok(())
     }
 }
@@ -147,9 +149,15 @@ impl Fixture {
         live.apply(step, self.context(inside, &CancellationToken::new())).await
     }
 
+    /// Undoes a step by a connection of its own. The undo of nested steps is the work nested in the undo: it
+    /// is run, and not reversed.
     async fn undo(&self, step: &DomainStep) -> Result<()> {
         let inside = Counted::default();
-        Ok(self.connect().await?.undo(step, self.context(&inside, &CancellationToken::new())).await?)
+        self.connect().await?.undo(step, self.context(&inside, &CancellationToken::new())).await?;
+        let (runs, reversals) = (*inside.runs.lock().await, *inside.reversals.lock().await);
+        let nests = matches!(step, DomainStep::Instant { .. });
+        ensure!(reversals == 0 && (runs > 0) == nests, "nested undo: {runs} runs, {reversals} reversals");
+        Ok(())
     }
 
     fn context<'b>(&'b self, inside: &'b dyn Inside, cancel: &'b CancellationToken) -> DomainContext<'b> {

@@ -48,6 +48,13 @@
 //! power loss leaves: writes and names that were not flushed are there or not. `TESTKIT_POWER_CASES` (12) is
 //! the number of losses for each operation.
 
+//! **Running domains.** A backend that declares `live` runs test cases on a domain with a guest. The kit
+//! cannot have a QEMU, so it has a test hypervisor and a guest of its own. The guest is a thread that writes
+//! with [`TestBackend::write`] until each pause, and again before each resume is done. What it wrote until
+//! the instant is what the point must hold. The test hypervisor leaves the points to the backend. Where a
+//! hypervisor takes them ([`TestBackend::takes_live_points`] is false), the kit looks only at the plan. The
+//! rest is what that hypervisor does: overlays, internal snapshots, merges of open chains.
+
 #![forbid(unsafe_code)]
 
 mod cases;
@@ -56,6 +63,7 @@ mod child;
 mod fault;
 mod fixture;
 pub mod hypervisor;
+mod live;
 mod model;
 pub mod powerloss;
 pub mod record;

@@ -8,7 +8,7 @@ use libtest_mimic::{Arguments, Trial};
 use snapcore::PointKind;
 use snapcore::backend::Capabilities;
 
-use crate::cases::{TestCase, all};
+use crate::cases::{DomainKind, TestCase, all};
 use crate::child;
 use crate::fixture::Method;
 use crate::test_backend::TestBackend;
@@ -56,9 +56,15 @@ fn cases(subject: &Arc<dyn TestBackend>) -> Result<Vec<Trial>> {
     drop(runtime);
     let mut cases = Vec::new();
     for method in methods(&can, &**subject) {
-        for TestCase { name, promise, needs, run } in all() {
-            if !needs(&can, &**subject) {
-                eprintln!("not run ({method}), the capabilities exclude it: {name}: {promise}");
+        for TestCase { name, promise, domain, needs, run } in all() {
+            let reason = match (needs(&can, &**subject), domain.is_of(&**subject, &method)) {
+                (false, _) => Some("the capabilities exclude it"),
+                (true, false) if domain == DomainKind::Running => Some("a hypervisor takes the points"),
+                (true, false) => Some("the backend takes the points"),
+                (true, true) => None,
+            };
+            if let Some(reason) = reason {
+                eprintln!("not run ({method}), {reason}: {name}: {promise}");
                 continue;
             }
             let (subject, method) = (subject.clone(), method.clone());

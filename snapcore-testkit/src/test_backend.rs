@@ -64,6 +64,16 @@ pub trait TestBackend: Send + Sync + 'static {
         true
     }
 
+    /// Returns true if the backend itself takes the points of a running domain by `method`, in steps that are
+    /// nested in the instant ([`snapcore::hypervisor::DiskInstant::ByBackend`]). Asked only of a backend that
+    /// declares `live`. The test cases of a running domain need it.
+    ///
+    /// Return false if a hypervisor takes them (overlays, internal snapshots). The kit's own hypervisor does
+    /// neither, so it only looks at the plan then. A test with the real hypervisor must try the rest.
+    fn takes_live_points(&self, _method: &str) -> bool {
+        true
+    }
+
     /// The directory in which the directories of test cases are made, if a temporary directory will not do:
     /// one on a file system with reflinks, for example.
     fn ground(&self) -> Option<Utf8PathBuf> {

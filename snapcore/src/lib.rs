@@ -78,7 +78,6 @@ mod operation;
 mod plan;
 mod registry;
 mod request;
-mod secrets;
 pub mod service;
 mod shape;
 mod shell;

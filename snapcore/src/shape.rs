@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::{DomainStep, GuestChange, PowerAfter};
+use crate::hypervisor::{DomainStep, GuestChange, PowerAfter, VmStateSaver};
 use crate::name::{SnapshotName, Target};
 use crate::step::{Edit, Group, Step};
 
@@ -369,23 +369,23 @@ impl Plan {
         })
     }
 
-    /// The plan fit for display: a machine's record has no environment, and no secrets of a command line.
-    #[must_use]
-    pub fn shown(&self) -> Self {
-        let mut shown = self.clone();
-        let of_steps = shown.finish.iter_mut().flat_map(|unit| match unit {
+    /// The plan fit for display: machines' records are without what the domain's hypervisor says is secret.
+    /// Without a hypervisor they are not shown at all.
+    pub(crate) fn shown(mut self, saver: Option<&dyn VmStateSaver>) -> Self {
+        let of_steps = self.finish.iter_mut().flat_map(|unit| match unit {
             FinishUnit::Disk(FinishStep { edits, nested, .. }) => {
                 let nested = nested.iter_mut().flat_map(|step| &mut step.edits);
                 edits.iter_mut().chain(nested).collect::<Vec<_>>()
             }
             FinishUnit::Domain(_) => Vec::new(),
         });
-        for edit in of_steps.chain(&mut shown.commit) {
+        for edit in of_steps.chain(&mut self.commit) {
             if let Edit::AddMachine { machine } = edit {
-                machine.record = crate::secrets::shown_record(&machine.record);
+                machine.record =
+                    saver.map_or_else(Default::default, |saver| saver.shown_machine(&machine.record));
             }
         }
-        shown
+        self
     }
 
     /// Bytes of data that all steps move together.

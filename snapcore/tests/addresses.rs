@@ -2,12 +2,17 @@
 //! All features of a domain of files work with them, and no local file is made or read.
 
 mod fake;
+#[path = "fake/running.rs"]
+mod running;
 
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use fake::{FakeBackend, FakeDisk, Fault, How, When};
+use running::RowMachine;
+use snapcore::backend::Capabilities;
+use snapcore::hypervisor::Control;
 use snapcore::service::*;
 use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
@@ -34,7 +39,14 @@ impl Table {
     }
 
     fn service(&self) -> Domsnap {
+        self.service_with(None)
+    }
+
+    fn service_with(&self, machine: Option<&RowMachine>) -> Domsnap {
         let mut registry = Registry::new();
+        if let Some(machine) = machine {
+            registry.register_hypervisor(Arc::new(machine.clone()));
+        }
         registry.register(Arc::new(self.backend.clone())).unwrap();
         Domsnap::new(Arc::new(SqliteCatalogue::new(self.root().join("state"))), registry)
     }
@@ -145,6 +157,36 @@ fn a_killed_operation_on_rows_is_recovered() {
         );
         table.assert_no_file();
     }
+}
+
+/// A domain runs on rows, and its hypervisor knows them by their names. Its disks are snapshotted at an
+/// instant, reverted in a detached section, and only memory needs a directory.
+#[tokio::test]
+async fn a_running_domain_of_rows_has_snapshots() {
+    let mut table = Table::new();
+    table.backend.declared = Some(Capabilities::new(PointKind::Internal, 1).live());
+    let machine = RowMachine::new(&[("vda", "table:web/root"), ("vdb", "table:web/data")]);
+    let service = table.service_with(Some(&machine));
+    let spec = table.spec(&["table:web/root", "table:web/data"]);
+    service.domain_add(&spec.run_by(RowMachine::NAME, Control::at("web"))).await.unwrap();
+    let web = DomainRef::parse("web").unwrap();
+    let memory = service.create(&web, CreateRequest::new(name("s0")), go()).await.unwrap_err();
+    assert_eq!(memory.kind(), ErrorKind::Refused);
+    assert!(memory.to_string().contains("has no directory for memory images"), "{memory}");
+    service.create(&web, CreateRequest::new(name("s1")).memory(false), go()).await.unwrap();
+    let taken = table.backend.applied.lock().unwrap().clone();
+    assert!(taken.iter().filter(|step| step.starts_with("Tag")).count() == 2, "{taken:?}");
+    table.write(2);
+    service.revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap();
+    assert_eq!(table.data(), [1, 1]);
+    assert!(machine.is_running());
+    // The domain has another row than its record.
+    let other = RowMachine::new(&[("vda", "table:web/root"), ("vdb", "table:web/other")]);
+    let request = CreateRequest::new(name("s2")).memory(false);
+    let drifted = table.service_with(Some(&other)).create(&web, request, go()).await.unwrap_err();
+    assert_eq!(drifted.kind(), ErrorKind::Refused);
+    assert!(drifted.to_string().contains("has another image open"), "{drifted}");
+    table.assert_no_file();
 }
 
 /// The manifests of a table restore its domain after the catalogue is lost, from one address.

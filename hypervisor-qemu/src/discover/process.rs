@@ -4,8 +4,8 @@ use std::{fs, io, os::unix::fs::MetadataExt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::NAME;
 use crate::machine::Machine;
+use crate::saver::secrets::keeps_variable;
 
 /// The process behind a QMP socket, from `/proc`. A part that could not be read is missing, and `unread`
 /// gives the reason.
@@ -27,8 +27,8 @@ pub struct Process {
     /// Its command line, the first word included.
     #[serde(default)]
     pub command_line: Vec<String>,
-    /// The environment variables that the next start needs ([`snapcore::Hypervisor::keeps_variable`]). No
-    /// other is kept anywhere, because they hold tokens and passwords of the user who started it.
+    /// The environment variables that the next start needs. No other is kept anywhere, because they hold
+    /// tokens and passwords of the user who started it.
     #[serde(default)]
     pub environment: Vec<(String, String)>,
     /// Its working directory: relative names of images begin there.
@@ -78,7 +78,7 @@ impl Process {
         let environment = process.keep("environment", fs::read(format!("/proc/{pid}/environ")));
         for entry in split(&environment.unwrap_or_default()) {
             let entry = process.text("an entry of the environment", entry);
-            if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| NAME.keeps_variable(name)) {
+            if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| keeps_variable(name)) {
                 process.environment.push((name.to_owned(), value.to_owned()));
             }
         }

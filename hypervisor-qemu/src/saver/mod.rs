@@ -13,6 +13,7 @@
 //! | `describe` | the description of a domain, and the part of it that is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
 //! | `unpacked` | compressed memory images between their check and their use |
+//! | `secrets` | what is recorded of a process, and what of it is shown |
 //! | `address` | canonical addresses of monitors |
 //! | `error` | conversion of this crate's errors to the engine's |
 //!
@@ -35,6 +36,7 @@ mod merge;
 mod preflight;
 mod reopen;
 mod scan;
+pub(crate) mod secrets;
 mod section;
 mod served;
 mod start;
@@ -218,6 +220,18 @@ impl VmStateSaver for Qemu {
 
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         start::start(start, &self.unpacked).await
+    }
+
+    fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {
+        secrets::shown_record(machine)
+    }
+
+    fn shown_command(&self, command: &[String]) -> Vec<String> {
+        command.iter().map(|word| secrets::shown_word(word)).collect()
+    }
+
+    fn kept_machine(&self, machine: &serde_json::Value, trusted: bool) -> serde_json::Value {
+        secrets::kept_record(machine, trusted)
     }
 
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

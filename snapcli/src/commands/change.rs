@@ -297,7 +297,6 @@ pub fn kind_word(kind: PointKind) -> &'static str {
 
 fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
     let mut plans = session.ask(session.service.plans(domain, request)).map_err(Failure::of_plan)?;
-    plans = plans.iter().map(Plan::shown).collect();
     let Some(plan) = plans.pop() else {
         return Err(Error::new(ErrorKind::Internal, "no plan was made").into());
     };

@@ -3,6 +3,7 @@
 mod crashes;
 mod failures;
 mod hostile;
+mod live;
 mod points;
 mod power;
 mod random;
@@ -22,17 +23,41 @@ pub(crate) struct TestCase {
     pub(crate) name: &'static str,
     /// The promise, as a sentence.
     pub(crate) promise: &'static str,
+    /// The domain that it is about.
+    pub(crate) domain: DomainKind,
     /// Returns true if these capabilities call for it.
     pub(crate) needs: fn(&Capabilities, &dyn TestBackend) -> bool,
     /// Tries to break the promise.
     pub(crate) run: Attempt,
 }
 
+/// A kind of domain, on which it depends what is asked of a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DomainKind {
+    /// Its disks are at rest.
+    AtRest,
+    /// It runs, and the backend takes the points of its disks itself.
+    Running,
+    /// It runs, and its hypervisor takes the points of its disks.
+    RunningByHypervisor,
+}
+
+impl DomainKind {
+    /// Returns true for the domains whose points are taken like this by the method.
+    pub(crate) fn is_of(self, subject: &dyn TestBackend, method: &Method) -> bool {
+        match self {
+            Self::AtRest => true,
+            Self::Running => subject.takes_live_points(&method.to_string()),
+            Self::RunningByHypervisor => !subject.takes_live_points(&method.to_string()),
+        }
+    }
+}
+
 type Attempt = fn(&dyn TestBackend, &Method) -> Result<()>;
 
 impl TestCase {
     const fn always(name: &'static str, promise: &'static str, run: Attempt) -> Self {
-        Self { name, promise, needs: |_, _| true, run }
+        Self { name, promise, domain: DomainKind::AtRest, needs: |_, _| true, run }
     }
 
     const fn with(
@@ -41,7 +66,12 @@ impl TestCase {
         needs: fn(&Capabilities, &dyn TestBackend) -> bool,
         run: Attempt,
     ) -> Self {
-        Self { name, promise, needs, run }
+        Self { name, promise, domain: DomainKind::AtRest, needs, run }
+    }
+
+    const fn of(mut self, domain: DomainKind) -> Self {
+        self.domain = domain;
+        self
     }
 }
 
@@ -55,6 +85,7 @@ pub(crate) fn all() -> impl Iterator<Item = TestCase> {
         .chain(power::CASES)
         .chain(hostile::CASES)
         .chain(together::CASES)
+        .chain(live::CASES)
         .chain(random::CASES)
 }
 

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::Running;
 use super::guest::Guest;
 use crate::backend::{Progress, Salvage, StepContext};
-use crate::domain::DiskRecord;
+use crate::domain::{Disk, DiskRecord};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
@@ -287,12 +287,14 @@ impl Running<'_> {
         };
         let mut in_use = Vec::new();
         for (target, instant) in disks {
-            let (DiskInstant::Overlay { address, .. }, Some(disk)) = (instant, live.disk(target)) else {
+            let (DiskInstant::Overlay { address, format }, Some(disk)) = (instant, live.disk(target)) else {
                 continue;
             };
-            // The file does not exist: nothing of it is left to be merged.
-            let Some(identity) = address.inode() else { continue };
-            if disk.open_files().await?.contains(&identity) {
+            let backend = self.engine.registry.serving(&self.record_of(target)?.disk)?;
+            let overlay = Disk::new(target.clone(), address.clone(), format.clone());
+            // It does not exist: nothing of it is left to be merged.
+            let Some(identity) = backend.identity(&overlay).await? else { continue };
+            if disk.has_open(&identity).await? {
                 in_use.push(target.clone());
             }
         }

@@ -24,7 +24,6 @@ use serde_json::value::RawValue;
 
 use super::{DomainManifest, Found, Item, ManifestStore, Problem};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
-use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::shell::shell_word;
 use crate::snapshot::{Snapshot, SnapshotId};
@@ -455,12 +454,7 @@ fn read_bounded(directory: &Directory, name: &str, most: u64) -> Result<Vec<u8>,
 }
 
 fn open_domain(bytes: &[u8]) -> Result<DomainManifest, String> {
-    let mut manifest: DomainManifest = open_envelope(bytes)?;
-    let Domain { hypervisor, machines, .. } = &mut manifest.domain;
-    for machine in machines {
-        // An older domsnap wrote more than is needed.
-        crate::secrets::forget_variables(hypervisor, &mut machine.record);
-    }
+    let manifest: DomainManifest = open_envelope(bytes)?;
     manifest.domain.check_names()?;
     match manifest.revision {
         Revision(0..=MAX_REVISION) => Ok(manifest),

@@ -30,8 +30,8 @@ pub(crate) struct RunningDomain<'a> {
     pub(crate) differs: Vec<String>,
     /// For a revert to a snapshot with memory: the media that are in other drives than then, or in none.
     pub(crate) media: Vec<Medium>,
-    /// The directory of memory images.
-    pub(crate) memory_dir: Utf8PathBuf,
+    /// The directory of memory images; absent: its disks are no local files, and the user named none.
+    pub(crate) memory_dir: Option<Utf8PathBuf>,
     /// The reason why its memory cannot be saved, if so.
     pub(crate) cannot_save_memory: Option<Obstacle>,
     /// The reason why its disks cannot be detached, if so.
@@ -182,6 +182,18 @@ impl Planner<'_> {
         }
     }
 
+    fn no_memory_dir(&self) -> Error {
+        Error::new(
+            ErrorKind::Refused,
+            format!(
+                "domain {} has no directory for memory images: its disks are no local files",
+                self.domain.name
+            ),
+        )
+        .state("no changes made")
+        .advise("register the domain with --memory-dir DIRECTORY, or take its disks alone with --disk-only")
+    }
+
     fn off(&self, why: &str) -> Error {
         Error::new(ErrorKind::Refused, format!("domain {} is not running: {why}", self.domain.name))
             .state("no changes made")
@@ -231,7 +243,11 @@ impl Planner<'_> {
             .filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }))
             .map(|(target, _)| target.clone())
             .collect();
-        let file = memory_file(&alive.memory_dir, snapshot);
+        let file = match (memory, &alive.memory_dir) {
+            (false, _) => None,
+            (true, Some(directory)) => Some(memory_file(directory, snapshot)),
+            (true, None) => return Err(self.no_memory_dir()),
+        };
         let message = match (memory, live) {
             (true, true) => "snapshot all disks and memory atomically; write memory while the guest runs",
             (true, false) => {
@@ -239,19 +255,18 @@ impl Planner<'_> {
             }
             (false, _) => "snapshot all disks atomically",
         };
-        let plan =
-            MemoryPlan { file: file.clone(), live, budget_ms: millis(request.budget.unwrap_or(BUDGET)) };
+        let budget_ms = millis(request.budget.unwrap_or(BUDGET));
         let instant = DomainStep::Instant {
             disks: instants,
             running: alive.seen.running,
-            memory: memory.then_some(plan),
+            memory: file.clone().map(|file| MemoryPlan { file, live, budget_ms }),
             quiesce: request.quiesce,
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
         let nested = std::mem::take(&mut merged.nested);
         merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, message), nested });
-        if memory {
+        if let Some(file) = file {
             let tag = snapshot.name.as_str().to_owned();
             snapshot.memory =
                 Some(MemoryPoint { file: file.clone(), bytes: 0, full: None, running: alive.seen.running });

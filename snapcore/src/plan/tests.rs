@@ -49,7 +49,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         seen: &seen,
         differs: Vec::new(),
         media: Vec::new(),
-        memory_dir: "/disks".into(),
+        memory_dir: Some("/disks".into()),
         cannot_save_memory: None,
         cannot_detach: None,
     };

@@ -129,7 +129,8 @@ impl Domsnap {
     }
 
     /// Plans `request` without carrying it out. Changes nothing and needs no lock. What only a try can show
-    /// is tried: an empty file of ours is made in each directory that the request works in, and removed.
+    /// is tried: an empty file of ours is made in each directory that the request works in, and removed. The
+    /// plan is fit for display: it has no secrets of a machine.
     ///
     /// # Errors
     /// The refusal that the request itself would get. [`ErrorKind::NeedsRecovery`] where an operation was
@@ -186,7 +187,8 @@ impl Domsnap {
         if let Some(first) = plans.first_mut() {
             first.notes.splice(0..0, located.notes);
         }
-        Ok(plans)
+        let saver = self.rooms.registry.hypervisor(&located.entry.domain.hypervisor).ok();
+        Ok(plans.into_iter().map(|plan| plan.shown(saver.as_deref())).collect())
     }
 
     /// Takes a snapshot.

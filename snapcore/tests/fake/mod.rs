@@ -281,7 +281,7 @@ impl DiskSnapshotter for FakeBackend {
     async fn plan(
         &self,
         record: &DiskRecord,
-        _: &DiskState,
+        state: &DiskState,
         _: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan<Action>> {
@@ -293,8 +293,14 @@ impl DiskSnapshotter for FakeBackend {
         match request {
             DiskRequest::Create { name, stamp, .. } => {
                 add(Group::Prepare, Action::Stash { key: key(stamp) }, 0);
-                add(Group::Cut, Action::Tag { name: name.to_string() }, 0);
+                if !state.attached {
+                    add(Group::Cut, Action::Tag { name: name.to_string() }, 0);
+                }
                 add(Group::Finish, Action::Unstash { key: key(stamp) }, 0);
+                if state.attached {
+                    let take = step(disk, Action::Tag { name: name.to_string() }, 0);
+                    plan.instant = Some(InstantPlan::new(DiskInstant::ByBackend, vec![take]));
+                }
                 plan.point = Some(Point::internal(record.active.clone(), name.as_str()));
             }
             DiskRequest::Revert { to, save, stamp, .. } => {

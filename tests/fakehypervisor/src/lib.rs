@@ -354,7 +354,8 @@ impl LiveDomain for Live {
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
         match step {
             DomainStep::Instant { running, memory, .. } => {
-                context.inside.back(None).await?;
+                // In an undo the nested work is the undo of the nested steps.
+                context.inside.run(None).await?;
                 if let Some(memory) = memory {
                     remove_memory(&memory.file)?;
                 }

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 
 use camino::Utf8Path;
+use serde_json::Value;
 
 use super::adopt::Adopted;
 use super::read::{Identity, Matched};
 use super::{Importer, Report};
-use crate::catalogue::Entry;
 use crate::domain::{DiskRecord, Machine};
 use crate::error::Result;
 use crate::manifest::{DomainManifest, Item};
@@ -42,10 +42,7 @@ impl Importer {
             snapshots.iter().map(|snapshot| Item::Snapshot(snapshot.id)).collect()
         };
         if let Some(manifest) = matched.manifest() {
-            let (machines, renamed) = match matched.source.trust {
-                true => (manifest.domain.machines.clone(), HashMap::new()),
-                false => without_commands(&manifest.domain.machines, matched.source.known.as_ref()),
-            };
+            let (machines, renamed) = self.kept_machines(manifest, matched);
             restored.machines = machines;
             restored.current = manifest.domain.current;
             for mut snapshot in matched.found.snapshots.iter().cloned() {
@@ -76,6 +73,40 @@ impl Importer {
         report.leftovers.refused |= problems.iter().any(|problem| problem.item.is_none());
         self.distinguish(&mut restored, matched, report).await?;
         Ok(restored)
+    }
+
+    /// Returns the machines of a manifest with the parts that their hypervisor says may be kept, and the
+    /// names that have changed by that. Machines that the catalogue itself has are kept whole. Of a manifest
+    /// that is not trusted and a hypervisor that is not known, nothing is kept: what in a record would be run
+    /// is not known either.
+    fn kept_machines(
+        &self,
+        manifest: &DomainManifest,
+        matched: &Matched,
+    ) -> (Vec<Machine>, HashMap<String, String>) {
+        let (trust, known) = (matched.source.trust, matched.source.known.as_ref());
+        let saver = self.registry.hypervisor(&manifest.domain.hypervisor).ok();
+        let keep = |record: &Value, trusted: bool| match &saver {
+            Some(saver) => saver.kept_machine(record, trusted),
+            None if trusted => record.clone(),
+            None => Value::Null,
+        };
+        let mut names = HashMap::new();
+        let mut kept: Vec<Machine> = Vec::new();
+        for machine in &manifest.domain.machines {
+            let mut machine = machine.clone();
+            machine.record = keep(&machine.record, true);
+            if trust || known.is_some_and(|entry| entry.domain.machines.contains(&machine)) {
+                kept.push(machine);
+                continue;
+            }
+            let now = Machine::new(keep(&machine.record, false), machine.summary.clone());
+            names.insert(machine.id.clone(), now.id.clone());
+            if kept.iter().all(|other| other.id != now.id) {
+                kept.push(now);
+            }
+        }
+        (kept, names)
     }
 
     /// Gives snapshots new identities where another domain of the catalogue has the same ones. Then the
@@ -171,30 +202,6 @@ fn translate(matched: &Matched, adopted: &Adopted, snapshot: &mut Snapshot) {
             member.target = target.clone();
         }
     }
-}
-
-/// Returns machines without the commands that started them, and the names that they have now.
-///
-/// Machines that the catalogue itself has are kept.
-fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine>, HashMap<String, String>) {
-    let mut names = HashMap::new();
-    let mut kept: Vec<Machine> = Vec::new();
-    for machine in machines {
-        if known.is_some_and(|entry| entry.domain.machines.contains(machine)) {
-            kept.push(machine.clone());
-            continue;
-        }
-        let mut record = machine.record.clone();
-        if let Some(process) = record.get_mut("process") {
-            *process = serde_json::json!({ "command_line": [], "environment": [] });
-        }
-        let now = Machine::new(record, machine.summary.clone());
-        names.insert(machine.id.clone(), now.id.clone());
-        if kept.iter().all(|other| other.id != now.id) {
-            kept.push(now);
-        }
-    }
-    (kept, names)
 }
 
 /// Returns true where a memory image was not in the directory of its domain's manifests when they were

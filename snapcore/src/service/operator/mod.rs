@@ -21,7 +21,7 @@ use crate::catalogue::Entry;
 use crate::engine::Run;
 use crate::error::{ErrorKind, Result};
 use crate::event::Events;
-use crate::hypervisor::PowerAfter;
+use crate::hypervisor::{PowerAfter, VmStateSaver};
 use crate::registry::Registry;
 use crate::request::Request;
 use crate::shape::Plan;
@@ -85,7 +85,9 @@ impl Operator {
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
         let (plan, run) = self.run(locked, live, request, cancel).await?;
-        Ok(outcome_of(&locked.located.entry, plan, run))
+        let entry = &locked.located.entry;
+        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+        Ok(outcome_of(entry, saver.as_deref(), plan, run))
     }
 
     /// Carries `request` out on a running domain: in two operations if the current state is to be saved.
@@ -136,7 +138,7 @@ impl Operator {
     }
 }
 
-fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
+fn outcome_of(entry: &Entry, saver: Option<&dyn VmStateSaver>, plan: Plan, run: Run) -> Outcome {
     let mut notes = plan.notes;
     notes.extend(run.warnings);
     Outcome {
@@ -150,7 +152,7 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         recovered: Vec::new(),
         downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
         method: run.taken.map(|taken| taken.method),
-        start: run.start.iter().map(|word| crate::secrets::shown_word(word)).collect(),
+        start: saver.map_or_else(Vec::new, |saver| saver.shown_command(&run.start)),
         guest: run.guest,
         started: run.started,
     }

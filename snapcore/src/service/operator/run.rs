@@ -90,8 +90,9 @@ impl Operator {
         if let (Some(live), Request::Delete(delete)) = (live, request) {
             live.limit(delete.limit);
         }
-        self.events
-            .report(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.shown()) });
+        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+        let shown = plan.clone().shown(saver.as_deref());
+        self.events.report(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(shown) });
         Ok((plan, watched))
     }
 

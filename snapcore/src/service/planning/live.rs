@@ -5,6 +5,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::Planning;
 use crate::catalogue::Entry;
 use crate::domain::{DiskRecord, Domain};
+use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{DomainStep, MemoryPlan, OpenChain};
 use crate::plan::RunningDomain;
@@ -42,23 +43,12 @@ impl Planning {
     }
 
     /// The directory for the domain's memory images: the one that the user named, or the one of its
-    /// manifests.
-    fn memory_dir(&self, domain: &Domain) -> Result<Utf8PathBuf> {
+    /// manifests, if they are in one.
+    fn memory_dir(&self, domain: &Domain) -> Result<Option<Utf8PathBuf>> {
         if let Some(directory) = domain.control.as_ref().and_then(|control| control.memory_dir.clone()) {
-            return Ok(directory);
+            return Ok(Some(directory));
         }
-        let manifests = self.authority.manifests(domain)?;
-        manifests.directory().map(Utf8Path::to_owned).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Refused,
-                format!(
-                    "domain {} has no directory for memory images: its disks are no local files",
-                    domain.name
-                ),
-            )
-            .state("no changes made")
-            .advise("register the domain with --memory-dir DIRECTORY")
-        })
+        Ok(self.authority.manifests(domain)?.directory().map(Utf8Path::to_owned))
     }
 }
 
@@ -67,7 +57,11 @@ impl Planning {
 /// # Errors
 /// [`ErrorKind::Refused`] where it has another image open, or the disk not at all. Changes to the one would
 /// not be made to the other.
-pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
+pub(super) async fn is_attached(
+    live: &Live,
+    backend: &AnyDiskSnapshotter,
+    record: &DiskRecord,
+) -> Result<bool> {
     let path = &record.disk.address;
     let target = &record.disk.target;
     let Some(disk) = live.disk(target) else {
@@ -83,9 +77,9 @@ pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool
         .state("no changes made")
         .advise("shut the domain down, or register it again with the disks that it has"));
     };
-    let open = disk.open_files().await?;
-    let named = path.inode();
-    if named.is_some_and(|named| open.contains(&named)) {
+    if let Some(identity) = backend.identity(&record.disk).await?
+        && disk.has_open(&identity).await?
+    {
         return Ok(true);
     }
     Err(Error::new(

@@ -78,7 +78,7 @@ impl Planning {
                 .await
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
             if let Some(live) = live {
-                state.attached = !at_rest && live::is_attached(live, record).await?;
+                state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
                 let attached = live.disk(&record.disk.target);
                 state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
             }

@@ -1,15 +1,13 @@
-//! Selection of what is recorded of a hypervisor's process, and of what is shown.
+//! What is recorded of a QEMU's process, what of the record is shown, and what is taken from a manifest.
 //!
 //! An environment may contain tokens and passwords of the user who started the process. So only variables
 //! that another start needs are recorded. A command line may contain secrets too. It is recorded, because the
 //! domain is started with it, in files that only their owner can read. Its secrets are hidden wherever it is
 //! shown.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::domain::Hypervisor;
-
-/// Variables that say where a hypervisor finds its programs, libraries and displays, and which language it
+/// Variables that say where QEMU finds its programs, libraries and displays, and which language it
 /// uses.
 const NEEDED: [&str; 11] = [
     "PATH",
@@ -28,30 +26,28 @@ const NEEDED: [&str; 11] = [
 /// Placeholder for a hidden secret.
 const HIDDEN: &str = "(hidden)";
 
-impl Hypervisor {
-    /// Returns true for a variable of the environment that another start of this hypervisor's process needs.
-    /// Those that begin with its name (`NAME_`) are its own. No other is recorded.
-    pub fn keeps_variable(&self, name: &str) -> bool {
-        let own = self.as_str().replace('-', "_").to_ascii_uppercase();
-        NEEDED.contains(&name)
-            || name.starts_with("LC_")
-            || name.strip_prefix(&own).is_some_and(|rest| rest.starts_with('_'))
-    }
+/// Returns true for a variable of the environment that the next start of a QEMU needs. No other is recorded.
+pub(crate) fn keeps_variable(name: &str) -> bool {
+    NEEDED.contains(&name) || name.starts_with("LC_") || name.starts_with("QEMU_")
 }
 
-/// Removes the variables that are not needed from a machine's record ([`crate::Machine::record`]).
-pub(crate) fn forget_variables(hypervisor: &Hypervisor, record: &mut Value) {
-    let Some(variables) = record.pointer_mut("/process/environment").and_then(Value::as_array_mut) else {
-        return;
-    };
-    variables.retain(|variable| {
-        variable.get(0).and_then(Value::as_str).is_some_and(|name| hypervisor.keeps_variable(name))
-    });
+/// Returns what may be recorded of a machine's record that a manifest has: without the variables that are not
+/// needed, which an older domsnap wrote, and if the manifest is not trusted, without all that a start would
+/// run.
+pub(super) fn kept_record(record: &Value, trusted: bool) -> Value {
+    let mut kept = record.clone();
+    let Some(process) = kept.get_mut("process") else { return kept };
+    if !trusted {
+        *process = json!({ "command_line": [], "environment": [] });
+    } else if let Some(variables) = process.get_mut("environment").and_then(Value::as_array_mut) {
+        variables.retain(|variable| variable.get(0).and_then(Value::as_str).is_some_and(keeps_variable));
+    }
+    kept
 }
 
 /// Returns a machine's record fit for display: without its environment and without the secrets of its command
 /// line.
-pub(crate) fn shown_record(record: &Value) -> Value {
+pub(super) fn shown_record(record: &Value) -> Value {
     let mut shown = record.clone();
     if let Some(process) = shown.get_mut("process").and_then(Value::as_object_mut) {
         process.remove("environment");
@@ -66,7 +62,7 @@ pub(crate) fn shown_record(record: &Value) -> Value {
 
 /// Returns an argument of a command line fit for display: the values of passwords and of secret objects are
 /// hidden.
-pub(crate) fn shown_word(word: &str) -> String {
+pub(super) fn shown_word(word: &str) -> String {
     if let Ok(mut object) = serde_json::from_str::<Value>(word)
         && object.is_object()
     {
@@ -122,8 +118,6 @@ fn hide(value: &mut Value) {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -148,14 +142,28 @@ mod tests {
 
     #[test]
     fn only_variables_that_a_start_needs_are_kept() {
-        let variables =
-            json!([["PATH", "/bin"], ["API_TOKEN", "x"], ["LC_ALL", "C"], ["FAKE_DIR", "z"], ["FAKER", "y"]]);
-        let mut record = json!({ "process": { "command_line": ["fake"], "environment": variables } });
-        forget_variables(&Hypervisor::named("fake"), &mut record);
+        let variables = json!([
+            ["PATH", "/bin"],
+            ["API_TOKEN", "x"],
+            ["LC_ALL", "C"],
+            ["QEMU_AUDIO_DRV", "z"],
+            ["QEMUX", "y"]
+        ]);
+        let record = json!({ "process": { "command_line": ["qemu"], "environment": variables } });
+        let kept = kept_record(&record, true);
         assert_eq!(
-            record["process"]["environment"],
-            json!([["PATH", "/bin"], ["LC_ALL", "C"], ["FAKE_DIR", "z"]])
+            kept["process"]["environment"],
+            json!([["PATH", "/bin"], ["LC_ALL", "C"], ["QEMU_AUDIO_DRV", "z"]])
         );
-        assert_eq!(shown_record(&record), json!({ "process": { "command_line": ["fake"] } }));
+        assert_eq!(shown_record(&kept), json!({ "process": { "command_line": ["qemu"] } }));
+    }
+
+    /// Nothing that a start would run is taken from a manifest that is not trusted.
+    #[test]
+    fn untrusted_record_has_no_command() {
+        let process = json!({ "program": "/bin/sh", "command_line": ["sh"], "environment": [["PATH", "/"]] });
+        let kept = kept_record(&json!({ "machine": "q35", "process": process }), false);
+        let none = json!({ "command_line": [], "environment": [] });
+        assert_eq!(kept, json!({ "machine": "q35", "process": none }));
     }
 }

@@ -1,0 +1,17 @@
+//! The contract of a hypervisor: its operations on a running domain.
+//!
+//! A plan has steps of disks and steps of the domain ([`crate::HypervisorStep`]). The latter are
+//! journalled like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has
+//! open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no
+//! format.
+
+mod live;
+mod saver;
+mod step;
+
+pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
+pub use saver::{Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver};
+pub use step::{
+    DiskInstant, DomainStep, GuestChange, Medium, MemoryPlan, PowerAfter, Quiesce, Restart, RestartSource,
+    StartedDomain, StepOutcome, Taken,
+};
