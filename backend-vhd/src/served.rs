@@ -10,6 +10,7 @@
 //! finds notes of its image adopts them before it serves. After a reboot they are void, and each sector is
 //! the old one or the new one.
 
+mod child;
 mod merge;
 
 use std::fs::File;
@@ -18,6 +19,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use self::child::ServedChild;
 pub use self::merge::ServedMerge;
 use camino::Utf8Path;
 use image_files::names::io_error;
@@ -149,7 +151,10 @@ impl ServedChain {
                 .advise("try again")
                 .on("open", path));
         }
-        let notes = Notes::open(&mut chain, options)?;
+        let notes = match chain.top_mut() {
+            Some(top) => Notes::open(top, options)?,
+            None => None,
+        };
         let (size, depth) = (chain.size(), chain.layers().len());
         let state = Mutex::new(State { chain, notes, twin: None });
         let mut served = Self { state, size, writable: options.writable, files, depth };
@@ -170,16 +175,7 @@ impl ServedChain {
         let Some(top) = state.chain.top_mut() else {
             return Err(Error::new(ErrorKind::ReadOnly, "the top of the chain is not a VHD"));
         };
-        top.require_writable()?;
-        if let Some(notes) = &mut state.notes {
-            let left = notes.read()?;
-            if !left.is_empty() {
-                top.adopt(&left)?;
-                top.flush()?;
-            }
-            notes.clear()?;
-        }
-        Ok(())
+        complete(top, state.notes.as_mut())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -229,6 +225,9 @@ impl ServedChain {
             pieces.push((from, place));
         }
         drop(state);
+        if from < end {
+            return Err(Error::new(ErrorKind::Io, "its images were handed on to another chain"));
+        }
         let mut left = buf;
         let mut from = at;
         for (to, place) in pieces {
@@ -339,6 +338,20 @@ impl State {
     }
 }
 
+/// Refuses an image that cannot be written, and makes what a killed server had acknowledged durable in it.
+fn complete(top: &mut Vhd, notes: Option<&mut Notes>) -> Result<()> {
+    top.require_writable()?;
+    if let Some(notes) = notes {
+        let left = notes.read()?;
+        if !left.is_empty() {
+            top.adopt(&left)?;
+            top.flush()?;
+        }
+        notes.clear()?;
+    }
+    Ok(())
+}
+
 fn identity(file: &ImageFile) -> Result<(u64, u64)> {
     let about = file.file().map(File::metadata).transpose();
     let about = about.map_err(|error| Error::io("the file cannot be looked at", error))?;
@@ -385,9 +398,9 @@ struct Notes {
 }
 
 impl Notes {
-    /// Opens the notes of the top of a chain. Without a directory for them there are none.
-    fn open(chain: &mut Chain, options: &ServedOptions) -> Result<Option<Self>> {
-        let (Some(directory), Some(top)) = (&options.notes, chain.top_mut()) else { return Ok(None) };
+    /// Opens the notes of the image `top`. Without a directory for them there are none.
+    fn open(top: &Vhd, options: &ServedOptions) -> Result<Option<Self>> {
+        let Some(directory) = &options.notes else { return Ok(None) };
         if top.header().is_none() {
             return Ok(None); // A fixed image has neither bits nor entries.
         }

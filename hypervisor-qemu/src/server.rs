@@ -154,6 +154,16 @@ impl DiskServer {
         }
     }
 
+    /// Opens `image` ahead of a [`DiskServer::swap`] to it, while the guest runs.
+    pub(crate) async fn prepare(&self, image: &Path) -> Result<()> {
+        self.send(json!({ "do": "prepare", "image": image })).await
+    }
+
+    /// Closes what was prepared, if there is something.
+    pub(crate) async fn forget(&self) -> Result<()> {
+        self.send(json!({ "do": "forget" })).await
+    }
+
     /// Makes the server go on in `image`, which shows what its image shows now.
     pub(crate) async fn swap(&self, image: &Path) -> Result<()> {
         self.send(json!({ "do": "swap", "image": image })).await

@@ -2,6 +2,7 @@
 //!
 //! | step | QEMU's own images | a served disk |
 //! |---|---|---|
+//! | before a cut | nodes of the overlays are added | the server opens, locks and checks the overlay |
 //! | cut | a transaction puts overlays on top | the server goes on in the overlay, before the paths move |
 //! | undo of a cut | the overlay is committed | the server merges it down |
 //! | detached section | a placeholder replaces the chain | the server closes the chain; the node stays |
@@ -91,6 +92,32 @@ fn overlays<'a>(
             false => Err(wrong_format(target, &info, format)),
         }))
     })
+}
+
+/// Makes the servers open the overlays of a cut ahead of it, so that they only exchange images while the guest
+/// is paused. Changes nothing of the disks. An earlier server opens them in the cut.
+pub(super) async fn prepare(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
+    for served in overlays(live, disks) {
+        let ServedOverlay { target, server, address, info } = served?;
+        // It may be open since the start of a cut of several domains.
+        if info.prepares && info.prepared.as_deref() != Some(address.path()) {
+            let preparing = |error: Error| error.context(format!("opening the overlay of disk {target}"));
+            server.prepare(address.path().as_std_path()).await.map_err(preparing)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the servers close overlays that are not used: they are locked, and are to be removed.
+pub(super) async fn forget(live: &QemuDomain) -> Result<()> {
+    for disk in &live.disks {
+        let Some(server) = &disk.server else { continue };
+        // A server that was restarted has nothing open that it does not serve, and one that is gone neither.
+        if server.info().is_ok_and(|info| info.prepared.is_some()) {
+            server.forget().await?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the servers go on in the overlays. The guest is paused. A failure switches all back.
