@@ -185,6 +185,11 @@ impl DiskServer {
         self.send(json!({ "do": "merge", "run": request.run, "into": request.into, "rate": rate })).await
     }
 
+    /// Gives the merge that is on its way another limit, in bytes a second; 0 is none.
+    pub(crate) async fn limit_merge(&self, rate: u64) -> Result<()> {
+        self.send(json!({ "do": "limit", "rate": rate })).await
+    }
+
     /// Ends a merge that waits for its pivot.
     pub(crate) async fn pivot(&self) -> Result<()> {
         self.send(json!({ "do": "pivot" })).await

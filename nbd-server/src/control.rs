@@ -14,6 +14,7 @@
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
 //! | `{"do":"merge","run":[PATH, ...],"into":PATH,"rate":BYTES}` | `{}`: it begins; [`ControlInfo::merge`] |
 //! | `{"do":"pivot"}` | `{}`: the merge of the top, which is ready, is done |
+//! | `{"do":"limit","rate":BYTES}` | `{}`: the merge that is on its way has this limit from now on |
 //! | `{"do":"cancel-merge"}` | `{}` |
 //!
 //! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
@@ -60,6 +61,7 @@ pub(crate) enum ControlRequest {
     Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
     Merge { run: Vec<Utf8PathBuf>, into: Utf8PathBuf, rate: Option<u64> },
     Pivot {},
+    Limit { rate: u64 },
     CancelMerge {},
 }
 
@@ -216,6 +218,10 @@ fn carry_out(
             merges.begin(disk, format, MergeRequest { run, into }, rate.unwrap_or(0)).map(|()| json!({}))
         }
         ControlRequest::Pivot {} => merges.pivot().map(|()| json!({})),
+        ControlRequest::Limit { rate } => {
+            merges.limit(rate);
+            Ok(json!({}))
+        }
         ControlRequest::CancelMerge {} => merges.cancel().map(|()| json!({})),
     }
 }

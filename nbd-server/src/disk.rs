@@ -588,7 +588,7 @@ mod tests {
         assert_eq!(disk.enter().export().size, 1024);
     }
 
-    /// An image that is prepared says so when it is dropped, and fails to be served if it is told to.
+    /// An image that is prepared. It counts its end, and fails to be served if the flag is set.
     struct Fake(Arc<std::sync::atomic::AtomicUsize>, bool);
 
     impl Drop for Fake {

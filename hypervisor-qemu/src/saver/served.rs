@@ -328,7 +328,11 @@ async fn carry_out(
     };
     // 1) Go on with a merge that a process began which has stopped. Otherwise look what is open: the server
     //    may have done it, and only the record of that is missing.
-    if !is_ours(&info) {
+    let mut limits = disk.speed.clone();
+    if is_ours(&info) {
+        // It has the limit of the process that began it.
+        limits.mark_changed();
+    } else {
         let open: Vec<FileIdentity> = files(&info).into_iter().map(|(_, identity)| identity).collect();
         let is_open = |file: &Utf8Path| identity(file.as_std_path()).is_some_and(|file| open.contains(&file));
         let left = request.run.iter().any(|file| *file != request.into && is_open(file));
@@ -343,7 +347,7 @@ async fn carry_out(
         if cancel.is_cancelled() {
             return Err(Error::new(ErrorKind::Cancelled, "it was cancelled"));
         }
-        let rate = *disk.speed.borrow();
+        let rate = *limits.borrow_and_update();
         server.begin_merge(request, rate).await?;
     }
     loop {
@@ -366,6 +370,12 @@ async fn carry_out(
                     Some(advice) => error.advise(advice),
                     None => error,
                 });
+            }
+        }
+        if limits.has_changed().unwrap_or(false) {
+            let rate = *limits.borrow_and_update();
+            if let Err(error) = server.limit_merge(rate).await {
+                tracing::debug!(%error, "a merge was not limited");
             }
         }
         if cancel.is_cancelled() {
