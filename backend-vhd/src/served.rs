@@ -680,8 +680,8 @@ mod tests {
         assert!(content(&fixture.open()) == model);
     }
 
-    /// A server is killed after the child was created and before it went on in it: whatever is opened next, the
-    /// child for writing included, has what was acknowledged in the parent.
+    /// A server is killed after the child was created and before it went on in it. Whatever is opened next,
+    /// the child for writing included, has what was acknowledged in the parent.
     #[test]
     fn notes_of_a_parent_are_completed() {
         let fixture = Fixture::new();

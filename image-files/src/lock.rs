@@ -97,8 +97,8 @@ fn refused(what: &'static str, mode: LockMode, errno: nix::errno::Errno) -> Lock
     LockError::System { what, mode, source: io::Error::from(errno) }
 }
 
-/// Locks the image like QEMU. The lock lasts until every descriptor of this open file is closed. A file that is
-/// locked for writing and is locked for reading now lets other readers in.
+/// Locks the image like QEMU. The lock lasts until every descriptor of this open file is closed. A writer's
+/// lock on the same open file becomes a reader's, if that is asked for.
 ///
 /// # Errors
 /// [`LockError::Held`] if another process has a conflicting lock; nothing stays locked then.

@@ -167,8 +167,8 @@ killed! {
     server_dies_in_a_merge_below_it: DELETE_FROZEN, Server, 1, 3;
 }
 
-/// The limit of a merge is that of the command that carries it out: a recovery after the death of the one that
-/// began it gives the merge its own, which is none here.
+/// The limit of a merge is that of the command that carries it out. A recovery after the death of the one
+/// that began it gives the merge its own, which is none here.
 #[test]
 fn limit_of_a_running_merge_is_changed() -> Result<()> {
     let mut live = guest()?;

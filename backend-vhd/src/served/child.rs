@@ -1,9 +1,10 @@
 //! An image that becomes the top of the chain that is served, on the images that are open already.
 //!
-//! A disk goes on in a new child while its guest is paused. So everything that can be done before is:
-//! the child is opened, locked and checked ([`ServedChain::prepare_child`]), while the chain is written. In the pause
-//! the images change hands ([`ServedChain::put_on`]): no table is read again. The image that was the top is
-//! known by its permanent name from then on, because the configured path becomes the child's.
+//! A disk goes on in a new child while its guest is paused. So everything that can be done before is done
+//! before: the child is opened, locked and checked while the chain is written
+//! ([`ServedChain::prepare_child`]). In the pause the images change hands ([`ServedChain::put_on`]), and no
+//! table is read again. The image that was the top is known by its permanent name from then on, because the
+//! configured path becomes the child's.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

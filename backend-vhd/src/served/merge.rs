@@ -297,8 +297,8 @@ impl ServedMerge {
         self.flush_target()
     }
 
-    /// Writes the zeros that the top needs without a parent. It has every sector that its parents have, so the
-    /// sectors that it has not show zeros, and they still do if the process is killed.
+    /// Writes the zeros that the top needs without a parent. It has every sector that its parents have. So
+    /// the sectors that it has not show zeros, and they still do if the process is killed.
     fn fill(&self, moving: &Moving<'_>) -> Result<()> {
         let (mut block, mut end) = (0, 1);
         while block < end {

@@ -94,8 +94,8 @@ fn overlays<'a>(
     })
 }
 
-/// Makes the servers open the overlays of a cut ahead of it, so that they only exchange images while the guest
-/// is paused. Changes nothing of the disks. An earlier server opens them in the cut.
+/// Makes the servers open the overlays of a cut ahead of it, so that they only exchange images while the
+/// guest is paused. Changes nothing of the disks. An earlier server opens them in the cut.
 pub(super) async fn prepare(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
     for served in overlays(live, disks) {
         let ServedOverlay { target, server, address, info } = served?;

@@ -150,6 +150,7 @@ fn next_image_is_opened_before_the_exchange() -> Result<()> {
     file.write_all_at(&[0; 1024], 512)?;
     let swapped = server.ask(&json!({ "do": "swap", "image": text(&child) }));
     file.write_all_at(&header, 512)?;
+    drop(file);
     ensure!(swapped?["generation"] == 2);
     ensure!(is_free(&base) && !is_free(&child), "the frozen image is for readers, and the child is not");
     let frozen = shown(&base)?;
@@ -277,8 +278,12 @@ fn any_snapshot_of_a_vhd_is_served() -> Result<()> {
         ensure!(Client::connect(&place.file("t"))?.read(0, SIZE as usize)? == *content, "{name} differs");
     }
     ensure!(shown(&place.file("disk.vhd"))? == model);
-    let missing = place.domsnap().run(&["disk", "serve", &disk, "--at", "s9", "--socket", "s"])?;
-    let missing = missing.expect_status(status::REFUSED)?;
-    ensure!(missing.stderr.contains("has no snapshot s9"), "{missing}");
+    // The current state is not served for a snapshot that does not exist, of a raw file neither.
+    place.raw("a.raw", 1)?;
+    for image in [disk, format!("{},format=raw", text(&place.file("a.raw")))] {
+        let error = Server::start(&place.domsnap(), &place.file("t"), &[&image, "--at", "s9"]).err();
+        let error = error.with_context(|| format!("{image} is served for s9"))?;
+        ensure!(error.to_string().contains("has no snapshot s9"), "{error}");
+    }
     Ok(())
 }
