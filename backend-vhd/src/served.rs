@@ -688,7 +688,9 @@ mod tests {
         let parent = fixture.directory.path().join("p.vhd");
         let chain = ServedChain::open(&parent, &fixture.options(), None).unwrap();
         let mut model = model();
-        work(&chain, &mut model, 77);
+        // A block that is new to the image.
+        chain.write_at(&[7; 4096], SIZE - 8192).unwrap();
+        model[SIZE as usize - 8192..SIZE as usize - 4096].fill(7);
         drop(chain);
         let reading = ServedOptions { writable: false, ..fixture.options() };
         let error = ServedChain::open(&fixture.child, &reading, None).unwrap_err();

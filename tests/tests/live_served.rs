@@ -193,7 +193,7 @@ fn limit_of_a_running_merge_is_changed() -> Result<()> {
     live.domsnap().done(&["recover", NAME])?;
     let now = info()?;
     ensure!(now["merge"]["phase"] == "done" && now["layers"].as_array().map(Vec::len) == Some(2), "{now}");
-    ensure!(!there(&mut live, "x")?, "x is still there");
+    ensure!(!there(&live, "x")?, "x is still there");
     live.sound()?;
     live.delete(&["y"], &[])?;
     live.finish()
