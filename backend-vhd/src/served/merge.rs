@@ -634,7 +634,7 @@ mod tests {
             merge.run(&|_| {}, &Moving::quietly()).unwrap();
             let mut top = Vhd::open(&fixture.paths[2], &OpenOptions::read_only().unlocked()).unwrap();
             let block = top.header().unwrap().block().bytes();
-            let is_whole = top.data_bytes().unwrap() % block == 0;
+            let is_whole = top.data_bytes().unwrap().is_multiple_of(block);
             assert_eq!(is_whole, first == 0, "{first}");
             assert!(content(&chain) == fixture.model);
             // A process that dies now leaves a child of its parent.

@@ -35,7 +35,6 @@ pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
     let ours = Server::domsnap(bench, &images[0])?;
     let theirs = Server::qemu(&images[1])?;
     let what = format!("dynamic VHD of {mib} MiB, all of its blocks stored");
-    // (row, what, fio's words, target)
     let rows = [
         (ROWS[0], "read in order, 1 MiB each", &["--rw=read", "--bs=1m"][..], Target::Within(1.11, QEMU)),
         (ROWS[1], "written in order, 1 MiB each", &["--rw=write", "--bs=1m"], Target::Within(1.11, QEMU)),
