@@ -16,5 +16,5 @@ mod steps;
 
 pub use backend::{VhdFiles, register};
 pub use layers::find_children;
-pub use served::{ServedChain, ServedMerge, ServedOptions, notes_of};
+pub use served::{ServedChain, ServedChild, ServedMerge, ServedOptions, notes_of};
 pub use steps::{parent_name_for, write_child};

@@ -10,6 +10,7 @@
 //! finds notes of its image adopts them before it serves. After a reboot they are void, and each sector is
 //! the old one or the new one.
 
+mod child;
 mod merge;
 
 use std::fs::File;
@@ -18,13 +19,15 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use self::child::ServedChild;
 pub use self::merge::ServedMerge;
 use camino::Utf8Path;
 use image_files::names::io_error;
 use image_files::{Directory, FileName, Kind, LockMode, lock};
 
 use crate::image::{
-    Chain, ChainOptions, Error, ErrorKind, ImageFile, OpenOptions, Piece, Result, Unflushed, UniqueId, Vhd,
+    Chain, ChainOptions, Error, ErrorKind, ImageFile, Layer, OpenOptions, Piece, Result, Unflushed, UniqueId,
+    Vhd,
 };
 
 /// Bytes before the notes: what they belong to.
@@ -51,18 +54,44 @@ pub fn notes_of(user: u32) -> Option<PathBuf> {
     shared.is_dir().then(|| shared.join(format!("domsnap-{user}")))
 }
 
-/// Refuses an image whose server was killed and had acknowledged writes that are not in it yet: whatever
-/// changes or freezes the image would lose them. The caller has the image's lock, so no server runs.
+/// Refuses an image whose server was killed and had acknowledged writes that are not in it, or in an image
+/// below it, yet: whatever changes or freezes the image would lose them. The caller has the image's lock, so
+/// no server runs.
 ///
 /// # Errors
 /// [`snapcore::ErrorKind::Refused`]; the system's.
 pub(crate) fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
-    let failed = |error| io_error(error, format!("cannot look for what a server of {path} left"));
-    let Ok(image) = Vhd::open(path.as_std_path(), &OpenOptions::read_only().unlocked()) else {
-        return Ok(()); // What is wrong with it is reported by whatever reads it.
+    // What is wrong with the chain is reported by whatever reads it.
+    let layers = match Chain::open(path.as_std_path(), &ChainOptions::read_only().unlocked()) {
+        Ok(chain) => chain.into_layers(),
+        Err(_) => match Vhd::open(path.as_std_path(), &OpenOptions::read_only().unlocked()) {
+            Ok(image) => vec![Layer::Vhd(Box::new(image))],
+            Err(_) => return Ok(()),
+        },
     };
+    for layer in &layers {
+        let Layer::Vhd(image) = layer else { continue };
+        if has_notes(image, path)? {
+            return Err(snapcore::Error::new(
+                snapcore::ErrorKind::Refused,
+                format!(
+                    "a server of {path} was killed, and what it had acknowledged is not in the image yet"
+                ),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "serve it once, which completes it: `domsnap disk serve {path},format=vhd --socket SOCKET`"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Returns true if a server of the image that was killed has left notes, in this boot.
+fn has_notes(image: &Vhd, path: &Utf8Path) -> snapcore::Result<bool> {
+    let failed = |error| io_error(error, format!("cannot look for what a server of {path} left"));
     let Some(about) = image.file().file().map(File::metadata).transpose().map_err(failed)? else {
-        return Ok(());
+        return Ok(false);
     };
     let name = notes_name((about.dev(), about.ino()));
     let users = [rustix::process::geteuid().as_raw(), about.uid(), 0];
@@ -80,19 +109,10 @@ pub(crate) fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
         let mut found = [0; HEAD];
         let is_ours = file.read_exact_at(&mut found, 0).is_ok() && found == head;
         if is_ours && file.metadata().map_err(failed)?.len() > HEAD as u64 {
-            return Err(snapcore::Error::new(
-                snapcore::ErrorKind::Refused,
-                format!(
-                    "a server of {path} was killed, and what it had acknowledged is not in the image yet"
-                ),
-            )
-            .state("no changes made")
-            .advise(format!(
-                "serve it once, which completes it: `domsnap disk serve {path},format=vhd --socket SOCKET`"
-            )));
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 fn confined_open(path: &Path) -> io::Result<File> {
@@ -139,6 +159,7 @@ impl ServedChain {
         .unlocked();
         // 1) Which files they are. 2) Their locks. 3) Their content, which no process changes any more.
         let found = Chain::open(path, &opening)?;
+        complete_parents(&found, options, previous)?;
         let files = lock_all(&found, options.writable, previous)?;
         let mut chain = Chain::open(path, &opening)?;
         let names = |chain: &Chain| {
@@ -149,7 +170,10 @@ impl ServedChain {
                 .advise("try again")
                 .on("open", path));
         }
-        let notes = Notes::open(&mut chain, options)?;
+        let notes = match chain.top_mut() {
+            Some(top) => Notes::open(top, options)?,
+            None => None,
+        };
         let (size, depth) = (chain.size(), chain.layers().len());
         let state = Mutex::new(State { chain, notes, twin: None });
         let mut served = Self { state, size, writable: options.writable, files, depth };
@@ -170,16 +194,7 @@ impl ServedChain {
         let Some(top) = state.chain.top_mut() else {
             return Err(Error::new(ErrorKind::ReadOnly, "the top of the chain is not a VHD"));
         };
-        top.require_writable()?;
-        if let Some(notes) = &mut state.notes {
-            let left = notes.read()?;
-            if !left.is_empty() {
-                top.adopt(&left)?;
-                top.flush()?;
-            }
-            notes.clear()?;
-        }
-        Ok(())
+        complete(top, state.notes.as_mut())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -229,6 +244,9 @@ impl ServedChain {
             pieces.push((from, place));
         }
         drop(state);
+        if from < end {
+            return Err(Error::new(ErrorKind::Io, "its images were handed on to another chain"));
+        }
         let mut left = buf;
         let mut from = at;
         for (to, place) in pieces {
@@ -339,6 +357,45 @@ impl State {
     }
 }
 
+/// Refuses an image that cannot be written, and makes what a killed server had acknowledged durable in it.
+fn complete(top: &mut Vhd, notes: Option<&mut Notes>) -> Result<()> {
+    top.require_writable()?;
+    if let Some(notes) = notes {
+        let left = notes.read()?;
+        if !left.is_empty() {
+            top.adopt(&left)?;
+            top.flush()?;
+        }
+        notes.clear()?;
+    }
+    Ok(())
+}
+
+/// Makes durable what a killed server had acknowledged in an image that has a child by now: the child was
+/// created, and the server was killed before it went on in it.
+fn complete_parents(found: &Chain, options: &ServedOptions, previous: Option<&ServedChain>) -> Result<()> {
+    let reading = ServedOptions { writable: false, ..options.clone() };
+    for layer in found.layers().iter().rev().skip(1) {
+        let Layer::Vhd(image) = layer else { continue };
+        // The image that this process serves has its notes in use.
+        let had = previous.map(|previous| previous.files.as_slice()).unwrap_or_default();
+        let own = identity(image.file())?;
+        if had.iter().map(|file| identity(file)).collect::<Result<Vec<_>>>()?.contains(&own) {
+            continue;
+        }
+        match Notes::open(image, &reading) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Dirty && options.writable => {
+                let mut parent = Vhd::open(image.path(), &OpenOptions::read_write())?;
+                let mut notes = Notes::open(&parent, options)?;
+                complete(&mut parent, notes.as_mut())?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn identity(file: &ImageFile) -> Result<(u64, u64)> {
     let about = file.file().map(File::metadata).transpose();
     let about = about.map_err(|error| Error::io("the file cannot be looked at", error))?;
@@ -385,9 +442,9 @@ struct Notes {
 }
 
 impl Notes {
-    /// Opens the notes of the top of a chain. Without a directory for them there are none.
-    fn open(chain: &mut Chain, options: &ServedOptions) -> Result<Option<Self>> {
-        let (Some(directory), Some(top)) = (&options.notes, chain.top_mut()) else { return Ok(None) };
+    /// Opens the notes of the image `top`. Without a directory for them there are none.
+    fn open(top: &Vhd, options: &ServedOptions) -> Result<Option<Self>> {
+        let Some(directory) = &options.notes else { return Ok(None) };
         if top.header().is_none() {
             return Ok(None); // A fixed image has neither bits nor entries.
         }
@@ -621,6 +678,27 @@ mod tests {
         work(&chain, &mut model, 99);
         drop(chain);
         assert!(content(&fixture.open()) == model);
+    }
+
+    /// A server is killed after the child was created and before it went on in it. Whatever is opened next,
+    /// the child for writing included, has what was acknowledged in the parent.
+    #[test]
+    fn notes_of_a_parent_are_completed() {
+        let fixture = Fixture::new();
+        let parent = fixture.directory.path().join("p.vhd");
+        let chain = ServedChain::open(&parent, &fixture.options(), None).unwrap();
+        let mut model = model();
+        // A block that is new to the image.
+        chain.write_at(&[7; 4096], SIZE - 8192).unwrap();
+        model[SIZE as usize - 8192..SIZE as usize - 4096].fill(7);
+        drop(chain);
+        let reading = ServedOptions { writable: false, ..fixture.options() };
+        let error = ServedChain::open(&fixture.child, &reading, None).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Dirty);
+        let chain = fixture.open();
+        assert!(content(&chain) == model);
+        drop(chain);
+        assert!(content(&ServedChain::open(&fixture.child, &reading, None).unwrap()) == model);
     }
 
     /// An image with notes is not read without them, and one that another program changed is refused.

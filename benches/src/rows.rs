@@ -8,6 +8,7 @@ mod merging;
 mod nothing;
 mod raw;
 mod reflink;
+mod served;
 mod vhd;
 
 use anyhow::Result;
@@ -27,7 +28,7 @@ pub struct Group {
 }
 
 /// All groups, in the order of the report.
-pub const GROUPS: [Group; 12] = [
+pub const GROUPS: [Group; 13] = [
     Group { name: "huge", rows: internal::HUGE, measure: internal::huge },
     Group { name: "quarter", rows: internal::QUARTER, measure: internal::quarter },
     Group { name: "many", rows: many::ROWS, measure: many::measure },
@@ -39,6 +40,7 @@ pub const GROUPS: [Group; 12] = [
     Group { name: "btrfs", rows: reflink::BTRFS, measure: reflink::btrfs },
     Group { name: "raw", rows: raw::ROWS, measure: raw::measure },
     Group { name: "vhd", rows: vhd::ROWS, measure: vhd::measure },
+    Group { name: "served", rows: served::ROWS, measure: served::measure },
     Group { name: "live", rows: live::ROWS, measure: live::measure },
 ];
 

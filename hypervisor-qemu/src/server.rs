@@ -154,6 +154,16 @@ impl DiskServer {
         }
     }
 
+    /// Opens `image` ahead of a [`DiskServer::swap`] to it, while the guest runs.
+    pub(crate) async fn prepare(&self, image: &Path) -> Result<()> {
+        self.send(json!({ "do": "prepare", "image": image })).await
+    }
+
+    /// Closes what was prepared, if there is something.
+    pub(crate) async fn forget(&self) -> Result<()> {
+        self.send(json!({ "do": "forget" })).await
+    }
+
     /// Makes the server go on in `image`, which shows what its image shows now.
     pub(crate) async fn swap(&self, image: &Path) -> Result<()> {
         self.send(json!({ "do": "swap", "image": image })).await
@@ -173,6 +183,11 @@ impl DiskServer {
     /// nothing.
     pub(crate) async fn begin_merge(&self, request: &MergeRequest, rate: u64) -> Result<()> {
         self.send(json!({ "do": "merge", "run": request.run, "into": request.into, "rate": rate })).await
+    }
+
+    /// Gives the merge that is on its way another limit, in bytes a second; 0 is none.
+    pub(crate) async fn limit_merge(&self, rate: u64) -> Result<()> {
+        self.send(json!({ "do": "limit", "rate": rate })).await
     }
 
     /// Ends a merge that waits for its pivot.

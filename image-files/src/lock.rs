@@ -97,7 +97,8 @@ fn refused(what: &'static str, mode: LockMode, errno: nix::errno::Errno) -> Lock
     LockError::System { what, mode, source: io::Error::from(errno) }
 }
 
-/// Locks the image like QEMU. The lock lasts until every descriptor of this open file is closed.
+/// Locks the image like QEMU. The lock lasts until every descriptor of this open file is closed. A writer's
+/// lock on the same open file becomes a reader's, if that is asked for.
 ///
 /// # Errors
 /// [`LockError::Held`] if another process has a conflicting lock; nothing stays locked then.
@@ -119,7 +120,11 @@ pub fn lock(file: &File, mode: LockMode) -> Result<()> {
         unlock(file, &ours);
     }
     match conflict? {
-        None => Ok(()),
+        None => {
+            let more = LockMode::Write.uses().iter().filter(|p| !mode.uses().contains(p));
+            unlock(file, &more.map(|p| PERM_BASE + i64::from(*p)).collect::<Vec<_>>());
+            Ok(())
+        }
         Some(found) => Err(LockError::Held(found)),
     }
 }
@@ -188,6 +193,16 @@ mod tests {
         }
         drop(a);
         lock(&b, LockMode::Write).unwrap();
+    }
+
+    /// A writer that goes on as a reader lets readers in, and no writer.
+    #[test]
+    fn writer_becomes_a_reader() {
+        let (_f, a, b) = two_openers();
+        lock(&a, LockMode::Write).unwrap();
+        lock(&a, LockMode::Read).unwrap();
+        lock(&b, LockMode::Read).unwrap();
+        assert!(lock(&b, LockMode::Write).is_err());
     }
 
     /// A reader refuses a writer, which then leaves nothing locked.

@@ -6,12 +6,15 @@
 //! | `{"do":"flush"}` | `{}` |
 //! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request runs until `go`, or for N seconds |
 //! | `{"do":"go","hold":NUMBER}` | `{}` |
+//! | `{"do":"prepare","image":PATH}` | `{}`: the image of the next `swap` is opened, locked and checked |
+//! | `{"do":"forget"}` | `{}`: what was prepared is closed |
 //! | `{"do":"swap","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"detach","label":TEXT}` | `{"generation":N}`: the image is closed; requests wait |
 //! | `{"do":"attach","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
 //! | `{"do":"merge","run":[PATH, ...],"into":PATH,"rate":BYTES}` | `{}`: it begins; [`ControlInfo::merge`] |
 //! | `{"do":"pivot"}` | `{}`: the merge of the top, which is ready, is done |
+//! | `{"do":"limit","rate":BYTES}` | `{}`: the merge that is on its way has this limit from now on |
 //! | `{"do":"cancel-merge"}` | `{}` |
 //!
 //! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
@@ -20,7 +23,6 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use crate::disk::MAX_HOLD;
-use crate::disk::{Disk, Look};
+use crate::disk::{Disk, Look, file_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, Layer, MergeRequest, Served};
 use crate::merge::{MergeInfo, Merges};
@@ -51,12 +53,15 @@ pub(crate) enum ControlRequest {
     Flush {},
     Hold { seconds: Option<u64> },
     Go { hold: u64 },
+    Prepare { image: Utf8PathBuf },
+    Forget {},
     Swap { image: Utf8PathBuf, hold: Option<u64> },
     Detach { label: String },
     Attach { image: Utf8PathBuf },
     Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
     Merge { run: Vec<Utf8PathBuf>, into: Utf8PathBuf, rate: Option<u64> },
     Pivot {},
+    Limit { rate: u64 },
     CancelMerge {},
 }
 
@@ -87,6 +92,12 @@ pub struct ControlInfo {
     pub generation: u64,
     /// True while requests are held.
     pub held: bool,
+    /// True if the server knows `prepare` and `forget`.
+    #[serde(default)]
+    pub prepares: bool,
+    /// The image that is ready for the next exchange.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Utf8PathBuf>,
     /// The merge that is on its way, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge: Option<MergeInfo>,
@@ -155,10 +166,25 @@ fn carry_out(
             disk.hold(time).map(|number| json!({ "hold": number }))
         }
         ControlRequest::Go { hold } => disk.go(hold).map(|()| json!({})),
+        ControlRequest::Prepare { image } => {
+            require_absolute(&image)?;
+            let _none = merges.none()?;
+            if !disk.look().served.is_some_and(|served| is_served(&served, &image)) {
+                disk.prepare(&image, |current| format.prepare(current, &image))?;
+            }
+            Ok(json!({}))
+        }
+        ControlRequest::Forget {} => {
+            disk.forget();
+            Ok(json!({}))
+        }
         ControlRequest::Swap { image, hold } => {
             require_absolute(&image)?;
             let _none = merges.none()?;
-            exchange(disk, hold, &image, |_| format.open(&image))
+            exchange(disk, hold, &image, |_| match disk.take_prepared(&image) {
+                Some(ready) => ready.serve(),
+                None => format.open(&image),
+            })
         }
         ControlRequest::Detach { label } => {
             let _none = merges.none()?;
@@ -177,13 +203,25 @@ fn carry_out(
         ControlRequest::Snapshot { child, id, hold } => {
             require_absolute(&child)?;
             let _none = merges.none()?;
-            exchange(disk, hold, &child, |current| format.snapshot(current, &child, &id))
+            if !disk.look().served.is_some_and(|served| is_served(&served, &child)) {
+                // No file is made for an exchange that cannot begin.
+                disk.may_exchange(hold)?;
+                disk.prepare(&child, |current| format.prepare_child(current, &child, &id).map(Some))?;
+            }
+            exchange(disk, hold, &child, |_| match disk.take_prepared(&child) {
+                Some(ready) => ready.serve(),
+                None => Err(Error::new(ErrorKind::Busy, "another exchange was faster")),
+            })
         }
         ControlRequest::Merge { run, into, rate } => {
             run.iter().chain([&into]).try_for_each(|path| require_absolute(path))?;
             merges.begin(disk, format, MergeRequest { run, into }, rate.unwrap_or(0)).map(|()| json!({}))
         }
         ControlRequest::Pivot {} => merges.pivot().map(|()| json!({})),
+        ControlRequest::Limit { rate } => {
+            merges.limit(rate);
+            Ok(json!({}))
+        }
         ControlRequest::CancelMerge {} => merges.cancel().map(|()| json!({})),
     }
 }
@@ -206,8 +244,8 @@ fn exchange(
 /// Returns true if the file `wanted` is the top layer of what is served. A name may lead to another file by
 /// now, so the file's identity decides.
 fn is_served(served: &Served, wanted: &Utf8Path) -> bool {
-    let found = wanted.metadata().ok().map(|about| (about.dev(), about.ino()));
-    served.layers.first().map(|layer| (layer.device, layer.inode)).is_some_and(|top| found == Some(top))
+    let top = served.layers.first().map(|layer| (layer.device, layer.inode));
+    top.is_some() && file_at(wanted) == top
 }
 
 fn require_absolute(path: &Utf8Path) -> Result<()> {
@@ -218,7 +256,7 @@ fn require_absolute(path: &Utf8Path) -> Result<()> {
 }
 
 fn info(look: Look, merges: &Merges) -> ControlInfo {
-    let Look { served, export, path, format, detached, generation, is_held, client } = look;
+    let Look { served, export, path, format, detached, generation, is_held, prepared, client } = look;
     ControlInfo {
         version: 1,
         pid: std::process::id(),
@@ -231,6 +269,8 @@ fn info(look: Look, merges: &Merges) -> ControlInfo {
         detached,
         generation,
         held: is_held,
+        prepares: true,
+        prepared,
         merge: merges.info(),
         client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
     }

@@ -14,10 +14,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Served;
+use crate::image::{Prepared, Served};
 use crate::option::Export;
 
 /// The longest time for which requests are held.
@@ -49,7 +49,17 @@ struct State {
     last_hold: u64,
     /// An exchange is on its way: no request begins, however long it takes.
     exchanging: bool,
+    /// The image of the next exchange. It is of the image that is served now, and is dropped with it.
+    prepared: Option<Ready>,
     client: Option<Client>,
+}
+
+/// An image that was prepared.
+struct Ready {
+    path: Utf8PathBuf,
+    /// Device and inode. A name may lead to another file by now.
+    file: (u64, u64),
+    image: Box<dyn Prepared>,
 }
 
 struct Hold {
@@ -74,6 +84,8 @@ pub(crate) struct Look {
     pub detached: Option<String>,
     pub generation: u64,
     pub is_held: bool,
+    /// The image that is ready for the next exchange.
+    pub prepared: Option<Utf8PathBuf>,
     /// The process of the client, if there is a client; 0 where it is not known.
     pub client: Option<i32>,
 }
@@ -100,6 +112,7 @@ impl Disk {
             hold: None,
             last_hold: 0,
             exchanging: false,
+            prepared: None,
             client: None,
         };
         Self { state: Mutex::new(state), changed: Condvar::new() }
@@ -164,6 +177,7 @@ impl Disk {
             format: state.format.clone(),
             detached: state.detached.clone(),
             generation: state.generation,
+            prepared: state.prepared.as_ref().map(|ready| ready.path.clone()),
             client: state.client.as_ref().map(|client| client.pid.unwrap_or(0)),
         }
     }
@@ -244,6 +258,51 @@ impl Disk {
         served.map_or(Ok(()), |served| flush(&served))
     }
 
+    /// Prepares the image at `path` for the next exchange, while requests use the disk; `open` does that, and
+    /// returns `None` if there is nothing to prepare. An image that was prepared before is dropped. Then
+    /// everything that was acknowledged is made durable, so that the exchange has little left to flush.
+    pub(crate) fn prepare(
+        &self,
+        path: &Utf8Path,
+        open: impl FnOnce(&Served) -> Result<Option<Box<dyn Prepared>>>,
+    ) -> Result<()> {
+        self.forget();
+        let Look { served, generation, .. } = self.look();
+        let Some(current) = served else { return Err(no_image()) };
+        let Some(image) = open(&current)? else { return Ok(()) };
+        let file = file_at(path).ok_or_else(|| {
+            Error::new(ErrorKind::Refused, format!("{path} is another file than a moment before"))
+        })?;
+        flush(&current)?;
+        let mut state = self.lock();
+        // What it was prepared for must still be served.
+        if state.generation != generation || state.served.is_none() || state.exchanging {
+            drop(state);
+            return Err(Error::new(ErrorKind::Busy, "another exchange is on its way"));
+        }
+        let previous = state.prepared.replace(Ready { path: path.to_owned(), file, image });
+        drop(state);
+        drop(previous);
+        Ok(())
+    }
+
+    /// Drops the image that was prepared, if there is one: its locks are given back.
+    pub(crate) fn forget(&self) {
+        let prepared = self.lock().prepared.take();
+        drop(prepared);
+    }
+
+    /// Takes the image that was prepared, if it is the one at `path`. Called in the exchange for it.
+    pub(crate) fn take_prepared(&self, path: &Utf8Path) -> Option<Box<dyn Prepared>> {
+        let prepared = self.lock().prepared.take();
+        prepared.filter(|ready| file_at(path) == Some(ready.file)).map(|ready| ready.image)
+    }
+
+    /// Refuses an exchange that could not begin now.
+    pub(crate) fn may_exchange(&self, hold: Option<u64>) -> Result<()> {
+        self.lock().may_exchange(hold)
+    }
+
     /// Replaces the image by the one that `open` returns, while no request uses it. `hold` is the number of
     /// the caller's own hold, which then goes on.
     ///
@@ -255,10 +314,7 @@ impl Disk {
         open: impl FnOnce(&Served) -> Result<Served>,
     ) -> Result<u64> {
         let (ours, current) = self.begin_exchange(hold)?;
-        let Some(current) = current else {
-            return Err(Error::new(ErrorKind::Refused, "the disk is detached: it has no image")
-                .advise("attach one; `domsnap recover` does that after an interrupted operation"));
-        };
+        let Some(current) = current else { return Err(no_image()) };
         flush(&current)?;
         let new = open(&current)?;
         drop(current);
@@ -274,6 +330,7 @@ impl Disk {
         let (ours, current) = self.begin_exchange(None)?;
         let Some(mut current) = current else { return Ok(self.lock().generation) };
         flush(&current)?;
+        self.forget();
         let mut state = self.lock();
         state.served = None;
         state.detached = Some(label.to_owned());
@@ -318,22 +375,15 @@ impl Disk {
             return Err(Error::new(ErrorKind::Refused, "the disk is detached: it has no image"));
         };
         flush(&current)?;
+        // The work may change what the next image is backed by.
+        self.forget();
         work(&current)
     }
 
     /// Waits until no request uses the image, and lets none begin before the exchange is over.
     fn begin_exchange(&self, hold: Option<u64>) -> Result<(Exchange<'_>, Option<Arc<Served>>)> {
         let mut state = self.lock();
-        match hold {
-            Some(number) => require_hold(&mut state, number)?,
-            None if state.live_hold().is_some() => {
-                return Err(Error::new(ErrorKind::Busy, "the disk is held by another caller"));
-            }
-            None => {}
-        }
-        if state.exchanging {
-            return Err(Error::new(ErrorKind::Busy, "another exchange is on its way"));
-        }
+        state.may_exchange(hold)?;
         let until = Instant::now() + MAX_HOLD;
         state.exchanging = true;
         let ours = Exchange(self);
@@ -364,8 +414,9 @@ impl Disk {
         let previous = state.served.replace(Arc::new(new));
         state.generation += 1;
         let generation = state.generation;
+        let prepared = state.prepared.take();
         drop(state);
-        drop(previous);
+        drop((previous, prepared));
         if has_changed {
             self.disconnect();
         }
@@ -394,6 +445,22 @@ impl State {
     }
 }
 
+impl State {
+    fn may_exchange(&mut self, hold: Option<u64>) -> Result<()> {
+        match hold {
+            Some(number) => require_hold(self, number)?,
+            None if self.live_hold().is_some() => {
+                return Err(Error::new(ErrorKind::Busy, "the disk is held by another caller"));
+            }
+            None => {}
+        }
+        match self.exchanging {
+            true => Err(Error::new(ErrorKind::Busy, "another exchange is on its way")),
+            false => Ok(()),
+        }
+    }
+}
+
 fn require_hold(state: &mut State, number: u64) -> Result<()> {
     match state.live_hold() {
         Some(hold) if hold.number == number => Ok(()),
@@ -401,6 +468,17 @@ fn require_hold(state: &mut State, number: u64) -> Result<()> {
             Err(Error::new(ErrorKind::Expired, format!("hold {number} is over: the disk has gone on since")))
         }
     }
+}
+
+fn no_image() -> Error {
+    Error::new(ErrorKind::Refused, "the disk is detached: it has no image")
+        .advise("attach one; `domsnap recover` does that after an interrupted operation")
+}
+
+/// Device and inode of the file that has this name.
+pub(crate) fn file_at(path: &Utf8Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    path.metadata().ok().map(|about| (about.dev(), about.ino()))
 }
 
 fn export_of(served: &Served) -> Export {
@@ -508,6 +586,73 @@ mod tests {
         assert!(disk.look().is_held);
         disk.go(number).unwrap();
         assert_eq!(disk.enter().export().size, 1024);
+    }
+
+    /// An image that is prepared. It counts its end, and fails to be served if the flag is set.
+    struct Fake(Arc<std::sync::atomic::AtomicUsize>, bool);
+
+    impl Drop for Fake {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    impl Prepared for Fake {
+        fn serve(self: Box<Self>) -> Result<Served> {
+            match self.1 {
+                true => Err(Error::new(ErrorKind::Refused, "no")),
+                false => Ok(served(1024)),
+            }
+        }
+    }
+
+    /// A prepared image is served once, and only for the exchange that comes next: any other one, a detached
+    /// section and a merge drop it, and its locks.
+    #[test]
+    fn prepared_image_is_of_the_next_exchange() {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = Utf8PathBuf::from_path_buf(directory.path().join("next")).unwrap();
+        std::fs::write(&path, "").unwrap();
+        let dropped = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = || dropped.load(std::sync::atomic::Ordering::SeqCst);
+        let prepare = |disk: &Disk, fails| {
+            let fake = Fake(Arc::clone(&dropped), fails);
+            disk.prepare(&path, |_| Ok(Some(Box::new(fake) as Box<dyn Prepared>))).unwrap();
+            assert_eq!(disk.look().prepared.as_ref(), Some(&path));
+        };
+        let exchange = |disk: &Disk| {
+            disk.exchange(None, |_| {
+                disk.take_prepared(&path).map_or_else(|| Ok(served(2048)), Prepared::serve)
+            })
+        };
+        let disk = Disk::new(served(512));
+        prepare(&disk, false);
+        exchange(&disk).unwrap();
+        assert_eq!((disk.export().size, disk.look().prepared, count()), (1024, None, 1));
+        exchange(&disk).unwrap();
+        assert_eq!(disk.export().size, 2048);
+        // One that cannot be served leaves the image that is.
+        prepare(&disk, true);
+        assert_eq!(exchange(&disk).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!((disk.export().size, count()), (2048, 2));
+        // Another file has the name by now.
+        prepare(&disk, false);
+        std::fs::rename(&path, directory.path().join("other")).unwrap();
+        std::fs::write(&path, "").unwrap();
+        exchange(&disk).unwrap();
+        assert_eq!((disk.export().size, count()), (2048, 3));
+        prepare(&disk, false);
+        disk.exchange(None, |_| Ok(served(512))).unwrap();
+        assert_eq!(count(), 4);
+        prepare(&disk, false);
+        disk.at_rest(|_| Ok(())).unwrap();
+        assert_eq!(count(), 5);
+        prepare(&disk, false);
+        prepare(&disk, false);
+        assert_eq!(count(), 6);
+        disk.detach("x", || assert_eq!(count(), 7)).unwrap();
+        let refused = disk.prepare(&path, |_| unreachable!());
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused);
     }
 
     /// A detached disk has no image and no lock of it; reads wait for the next image, and a flush does not.

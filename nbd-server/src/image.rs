@@ -128,7 +128,8 @@ impl std::fmt::Debug for Served {
     }
 }
 
-/// Opens images while the server runs. All methods are called while no request uses the disk.
+/// Opens images while the server runs. [`Format::prepare`] and [`Format::prepare_child`] are called while
+/// requests use the disk, the others while none does.
 pub trait Format: Send + Sync {
     /// Opens another image of the same format, with its locks.
     ///
@@ -139,12 +140,22 @@ pub trait Format: Send + Sync {
     /// Drops what it still has of the image that was served: its locks are to be given back.
     fn close(&self) {}
 
-    /// Freezes the image that is served, and opens `child`, an image that is backed by it. Creates `child`
-    /// if it does not exist. Everything that was acknowledged is durable before this is called.
+    /// Opens, locks and checks an image ahead of the exchange for it, as far as the format can. `None`:
+    /// [`Format::open`] does all of it.
+    ///
+    /// # Errors
+    /// As [`Format::open`].
+    fn prepare(&self, current: &Served, image: &Utf8Path) -> Result<Option<Box<dyn Prepared>>> {
+        let _ = (current, image);
+        Ok(None)
+    }
+
+    /// Does the same with `child`, an image that is backed by the one that is served. Creates `child` if it
+    /// does not exist. [`Prepared::serve`] freezes the image that is served.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a format without children.
-    fn snapshot(&self, current: &Served, child: &Utf8Path, id: &str) -> Result<Served> {
+    fn prepare_child(&self, current: &Served, child: &Utf8Path, id: &str) -> Result<Box<dyn Prepared>> {
         let _ = (child, id);
         Err(Error::new(
             ErrorKind::Unsupported,
@@ -166,6 +177,16 @@ pub trait Format: Send + Sync {
             format!("{} is a {} image, which has no layers to merge", current.path, current.format),
         ))
     }
+}
+
+/// An image that is ready to be served. Dropped, it gives back what it has.
+pub trait Prepared: Send {
+    /// Makes it the image that is served. No request uses the disk, and everything that was acknowledged is
+    /// durable in the previous image, which is the one that it was prepared for.
+    ///
+    /// # Errors
+    /// The system's; [`ErrorKind::Refused`]. The previous image is still to be served.
+    fn serve(self: Box<Self>) -> Result<Served>;
 }
 
 /// Layers that are to become one.

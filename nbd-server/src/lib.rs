@@ -57,7 +57,7 @@ pub use activation::{Activation, report_ready};
 pub use control::{ClientInfo, ControlInfo, MAX_HOLD, ask};
 pub use error::{Error, ErrorKind, Result};
 pub use file::RawFile;
-pub use image::{Content, Extent, Format, Image, Layer, MergeRequest, Merging, Served, Zeroing};
+pub use image::{Content, Extent, Format, Image, Layer, MergeRequest, Merging, Prepared, Served, Zeroing};
 pub use merge::{MergeInfo, MergePhase, MergeWatch};
 pub use place::{Place, control_path};
 pub use server::{Running, Server};

@@ -67,7 +67,8 @@ pub struct MergeWatch {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
-    rate: u64,
+    /// Bytes a second; 0 is no limit.
+    rate: AtomicU64,
 }
 
 impl MergeWatch {
@@ -76,17 +77,21 @@ impl MergeWatch {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    /// Reports bytes that were moved. Sleeps if the rate is limited.
+    /// Reports bytes that were moved. Sleeps if the rate is limited; another rate is obeyed at once.
     pub fn moved(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
-        let mut left = match self.rate {
-            0 => return,
-            rate => Duration::from_secs_f64(bytes as f64 / rate as f64),
-        };
-        while !left.is_zero() && !self.is_cancelled() {
-            let nap = left.min(NAP);
-            std::thread::sleep(nap);
-            left -= nap;
+        let mut left = bytes as f64;
+        while left > 0.0 && !self.is_cancelled() {
+            let rate = match self.rate.load(Ordering::Relaxed) {
+                0 => return,
+                rate => rate as f64,
+            };
+            let nap = NAP.as_secs_f64().min(left / rate);
+            std::thread::sleep(Duration::from_secs_f64(nap));
+            left -= nap * rate;
+            if nap < NAP.as_secs_f64() {
+                return;
+            }
         }
     }
 
@@ -166,7 +171,7 @@ impl Merges {
             };
         }
         let merging = disk.at_rest(|current| format.merge(current, &request))?;
-        let watch = Arc::new(MergeWatch { rate, ..MergeWatch::default() });
+        let watch = Arc::new(MergeWatch { rate: rate.into(), ..MergeWatch::default() });
         *state = Some(Job {
             request,
             watch: Arc::clone(&watch),
@@ -246,6 +251,14 @@ impl Merges {
         match state.as_ref().and_then(|job| job.error.as_ref()) {
             None => Ok(()),
             Some(error) => Err(Error::new(error.kind(), error.to_string())),
+        }
+    }
+
+    /// Limits the merge that is on its way to so many bytes a second; 0 is no limit. Without one, nothing
+    /// happens.
+    pub(crate) fn limit(&self, rate: u64) {
+        if let Some(job) = self.lock().as_ref() {
+            job.watch.rate.store(rate, Ordering::Relaxed);
         }
     }
 
@@ -420,10 +433,19 @@ mod tests {
     /// A limited merge sleeps, and is cancelled all the same.
     #[test]
     fn limited_merge_sleeps() {
-        let watch = MergeWatch { rate: 1000, ..MergeWatch::default() };
+        let watch = MergeWatch { rate: 1000.into(), ..MergeWatch::default() };
         let before = Instant::now();
         watch.moved(50);
         assert!(before.elapsed() >= Duration::from_millis(50));
+        // It would sleep for days. Another limit, and none, end that.
+        std::thread::scope(|scope| {
+            let moving = scope.spawn(|| watch.moved(1 << 40));
+            std::thread::sleep(Duration::from_millis(300));
+            assert!(!moving.is_finished());
+            watch.rate.store(0, Ordering::Relaxed);
+            moving.join().unwrap();
+        });
+        watch.rate.store(1000, Ordering::Relaxed);
         watch.cancelled.store(true, Ordering::Relaxed);
         watch.moved(1 << 40);
     }

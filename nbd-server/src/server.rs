@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::control;
 use crate::disk::Disk;
@@ -21,6 +21,9 @@ use crate::transmission;
 const MAX_CONNECTIONS: usize = 16;
 /// A failing accept is repeated after this time: descriptors may be short for a moment.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Connections that are closed at once are reported this often.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
 
 /// Answers one connection.
 type Answer = fn(&Server, UnixStream);
@@ -103,6 +106,7 @@ impl Server {
 /// Accepts connections until the server is stopped.
 fn accept(server: &Arc<Server>, place: &Place, answer: Answer) {
     let count = Arc::new(AtomicUsize::new(0));
+    let mut refused = Seldom::default();
     loop {
         let accepted = place.listener().accept();
         if server.stopped.load(Ordering::Acquire) {
@@ -117,8 +121,12 @@ fn accept(server: &Arc<Server>, place: &Place, answer: Answer) {
             }
         };
         let taken = Taken::one_of(&count);
-        if count.load(Ordering::Acquire) > MAX_CONNECTIONS {
-            tracing::warn!("a connection was closed: there are too many");
+        let is_one_too_many = count.load(Ordering::Acquire) > MAX_CONNECTIONS;
+        refused.happened += u64::from(is_one_too_many);
+        if let Some(number) = refused.due(Instant::now()) {
+            tracing::warn!(number, "connections were closed: more than {MAX_CONNECTIONS} at once");
+        }
+        if is_one_too_many {
             continue;
         }
         let server = Arc::clone(server);
@@ -130,6 +138,25 @@ fn accept(server: &Arc<Server>, place: &Place, answer: Answer) {
         if let Err(error) = started {
             tracing::warn!(%error, "a connection was closed: no thread can be started");
         }
+    }
+}
+
+/// Counts what may happen very often, so that it is reported once a second.
+#[derive(Default)]
+struct Seldom {
+    happened: u64,
+    reported: Option<Instant>,
+}
+
+impl Seldom {
+    /// Returns how often it happened since the last report, if one is due.
+    fn due(&mut self, now: Instant) -> Option<u64> {
+        let is_due = self.reported.is_none_or(|last| now.duration_since(last) >= REPORT_EVERY);
+        if self.happened == 0 || !is_due {
+            return None;
+        }
+        self.reported = Some(now);
+        Some(std::mem::take(&mut self.happened))
     }
 }
 
@@ -165,5 +192,24 @@ impl Running {
         }
         self.server.disk.disconnect();
         self.server.disk.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A flood is one line a second, and each line has the number since the last one.
+    #[test]
+    fn flood_is_reported_once_a_second() {
+        let (mut refused, begin) = (Seldom::default(), Instant::now());
+        let mut lines = Vec::new();
+        for number in 0..300 {
+            refused.happened += 1;
+            lines.extend(refused.due(begin + Duration::from_millis(number * 10)));
+        }
+        assert_eq!(lines, [1, 100, 100]);
+        assert_eq!(refused.due(begin + Duration::from_secs(3)), Some(99));
+        assert_eq!(refused.due(begin + Duration::from_secs(9)), None);
     }
 }

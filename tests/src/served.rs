@@ -213,6 +213,22 @@ impl Client {
         Ok(bytes)
     }
 
+    /// Gives a range back, which is not needed any more.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn trim(&mut self, offset: u64, length: u32) -> Result<()> {
+        self.request(4, offset, length as usize, b"")
+    }
+
+    /// Makes a range read as zeros.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn zero(&mut self, offset: u64, length: u32) -> Result<()> {
+        self.request(6, offset, length as usize, b"")
+    }
+
     fn request(&mut self, kind: u16, offset: u64, length: usize, data: &[u8]) -> Result<()> {
         let head = [&0x2560_9513u32.to_be_bytes()[..], &[0, 0], &kind.to_be_bytes(), &[0; 8]].concat();
         let range = [&offset.to_be_bytes()[..], &(length as u32).to_be_bytes()].concat();

@@ -1,8 +1,8 @@
 //! A running guest whose disk is a VHD that domsnap serves to QEMU: snapshots with memory, reverts in place,
 //! deletes while it runs, and what a crash of any program leaves.
 
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use backend_vhd::image::NewImage;
@@ -34,6 +34,8 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     let first = live.create("first", &[])?;
     ensure!(first.downtime_us.is_some(), "{first:?}");
     live.create("second", &["--disk-only"])?;
+    let now = served::ask(&socket, &json!({ "do": "info" }))?;
+    ensure!(now["prepares"] == true && now["prepared"].is_null(), "{now}");
     live.create("third", &[])?;
     live.revert("first", &[])?;
     live.verify()?;
@@ -163,6 +165,38 @@ killed! {
     server_dies_in_a_revert: REVERT, Server, 0, 3;
     server_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Server, 0, 2;
     server_dies_in_a_merge_below_it: DELETE_FROZEN, Server, 1, 3;
+}
+
+/// The limit of a merge is that of the command that carries it out. A recovery after the death of the one
+/// that began it gives the merge its own, which is none here.
+#[test]
+fn limit_of_a_running_merge_is_changed() -> Result<()> {
+    let mut live = guest()?;
+    live.create("x", &["--disk-only"])?;
+    live.guest.wait_ticks(10)?;
+    live.create("y", &["--disk-only"])?;
+    let socket = live.guest.disk(0).with_extension("sock");
+    let info = || served::ask(&socket, &json!({ "do": "info" }));
+    // A few bytes a second: it would not end before the test does.
+    let mut deleting =
+        live.domsnap().command(&["delete", NAME, "x", "--limit", "16"]).stderr(Stdio::null()).spawn()?;
+    let until = Instant::now() + Duration::from_secs(120);
+    while info()?["merge"]["phase"] != "moving" {
+        ensure!(deleting.try_wait()?.is_none(), "the delete ended: {}", info()?);
+        ensure!(Instant::now() < until, "no merge begins: {}", info()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(info()?["merge"]["phase"] == "moving", "the limit is not obeyed: {}", info()?);
+    deleting.kill()?;
+    deleting.wait()?;
+    live.domsnap().done(&["recover", NAME])?;
+    let now = info()?;
+    ensure!(now["merge"]["phase"] == "done" && now["layers"].as_array().map(Vec::len) == Some(2), "{now}");
+    ensure!(!there(&live, "x")?, "x is still there");
+    live.sound()?;
+    live.delete(&["y"], &[])?;
+    live.finish()
 }
 
 /// A guest under load goes on over the death of the server, and nothing is lost. Meanwhile a snapshot is

@@ -154,6 +154,17 @@ impl Chain {
         self.layers.get_mut(number)
     }
 
+    /// Returns the layers with `image` on top of them, and leaves a chain without a layer, of which no byte
+    /// is read. What was the top has the file `previous` from now on: the same one by another name.
+    pub(crate) fn hand_on(&mut self, image: Vhd, previous: Arc<ImageFile>) -> Self {
+        let mut layers = std::mem::take(&mut self.layers);
+        if let Some(Layer::Vhd(top)) = layers.last_mut() {
+            top.file = previous;
+        }
+        layers.push(Layer::Vhd(Box::new(image)));
+        Self { layers }
+    }
+
     /// The layers, taken apart.
     pub fn into_layers(self) -> Vec<Layer> {
         self.layers

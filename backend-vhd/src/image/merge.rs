@@ -226,25 +226,36 @@ impl Vhd {
 
     /// Sets all bits of all stored blocks, over zeros.
     fn fill_blocks(&mut self) -> Result<()> {
-        let Some(size) = self.header.as_ref().map(Header::block) else { return Ok(()) };
         for block in 0..self.bat.entries() {
-            let Some(data) = self.data_of(block)? else { continue };
-            let mut at = 0;
-            while at < size.sectors() {
-                let (set, end) = self.bitmap(block, data)?.run(at, size.sectors());
-                let (place, len) = (HostOffset(data.0 + at * SECTOR), (end - at) * SECTOR);
-                if !set && !self.is_zero(place, len)? && !self.file.punch(place, len) {
-                    self.file.write_at(&vec![0; len as usize], place)?;
-                }
-                at = end;
-            }
-            if self.bitmap(block, data)?.set(0, size.sectors(), size.sectors()) {
-                self.dirty.insert(block);
-            }
+            self.fill_block(block)?;
         }
         match self.dirty.is_empty() {
             true => Ok(()),
             false => self.flush(),
         }
+    }
+
+    /// Sets all bits of a block, over zeros, if it is stored. They are durable after the next [`Vhd::flush`].
+    pub(crate) fn fill_block(&mut self, block: u64) -> Result<()> {
+        let Some(size) = self.header.as_ref().map(Header::block) else { return Ok(()) };
+        let Some(data) = self.data_of(block)? else { return Ok(()) };
+        let mut at = 0;
+        while at < size.sectors() {
+            let (set, end) = self.bitmap(block, data)?.run(at, size.sectors());
+            let (place, len) = (HostOffset(data.0 + at * SECTOR), (end - at) * SECTOR);
+            if !set && !self.is_zero(place, len)? && !self.file.punch(place, len) {
+                self.file.write_at(&vec![0; len as usize], place)?;
+            }
+            at = end;
+        }
+        if self.bitmap(block, data)?.set(0, size.sectors(), size.sectors()) {
+            self.dirty.insert(block);
+        }
+        Ok(())
+    }
+
+    /// Entries of the BAT.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.bat.entries()
     }
 }

@@ -53,7 +53,7 @@ impl OpenOptions {
 
 /// An open VHD image.
 pub struct Vhd {
-    pub(super) file: Arc<ImageFile>,
+    pub(crate) file: Arc<ImageFile>,
     pub(super) footer: Footer,
     pub(super) place: FooterPlace,
     pub(super) header: Option<Header>,

@@ -2,7 +2,7 @@
 //!
 //! | the run | what receives | how | ending |
 //! |---|---|---|---|
-//! | with the top | the top | sectors of the lower layers are written to the top | its parent changes |
+//! | with the top | the top | sectors of the lower layers are written to the top; one that has no parent afterwards gets its zeros too | its parent changes |
 //! | with the top | a lower one | the top's sectors are copied down, and each write goes to both | the lower one is served |
 //! | below the top | either end | as at rest, through handles of its own | the child's parent changes |
 //!
@@ -31,6 +31,8 @@ use crate::steps::parent_name;
 const STEP: u64 = 1 << 20;
 /// Pieces that are looked at before requests get their turn.
 const PIECES: usize = 512;
+/// Blocks that are filled with zeros before requests get their turn.
+const FILLED: u64 = 8;
 /// Bytes that are copied between two flushes.
 const BATCH: u64 = 256 << 20;
 
@@ -196,11 +198,15 @@ impl ServedMerge {
     /// Those of the images, [`ErrorKind::Cancelled`]. The chain shows what it showed, and is as before.
     pub fn run(&mut self, expect: &dyn Fn(u64), moving: &Moving<'_>) -> Result<()> {
         match self.course {
-            Course::IntoTop { lowest, .. } => {
+            Course::IntoTop { lowest, ref below } => {
+                let is_last = below.is_none();
                 let top = self.paths.len() - 1;
                 let wanted = |layer: usize| (lowest..top).contains(&layer);
                 expect(self.count(&wanted)?);
                 self.copy(&wanted, moving)?;
+                if is_last {
+                    self.fill(moving)?;
+                }
                 Ok(self.chain.flush()?)
             }
             Course::TopInto { into } => {
@@ -289,6 +295,29 @@ impl ServedMerge {
             std::thread::yield_now();
         }
         self.flush_target()
+    }
+
+    /// Writes the zeros that the top needs without a parent. It has every sector that its parents have. So
+    /// the sectors that it has not show zeros, and they still do if the process is killed.
+    fn fill(&self, moving: &Moving<'_>) -> Result<()> {
+        let (mut block, mut end) = (0, 1);
+        while block < end {
+            if (moving.cancelled)() {
+                return Err(Error::new(ErrorKind::Cancelled, "the merge was cancelled"));
+            }
+            let mut state = self.chain.lock();
+            if let Some(image) = state.chain.top_mut() {
+                end = image.blocks();
+                // Most blocks of a large disk are not stored.
+                for block in block..(block + FILLED).min(end) {
+                    image.fill_block(block)?;
+                }
+            }
+            block += FILLED;
+            drop(state);
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// Makes what was copied durable. The most of it without the lock.
@@ -590,6 +619,27 @@ mod tests {
                 let Ok(mut image) = Vhd::open(layer, &OpenOptions::read_only().unlocked()) else { continue };
                 image.require_sound().unwrap();
             }
+        }
+    }
+
+    /// A top that has no parent afterwards has its zeros before the exchange, in which its guest waits.
+    #[test]
+    fn zeros_are_written_before_the_exchange() {
+        for first in [0, 1] {
+            let fixture = Fixture::new(3, 99);
+            let chain = fixture.open(2);
+            let mut merge =
+                ServedMerge::new(&chain, &fixture.options, &fixture.run(first..=2), &fixture.paths[2])
+                    .unwrap();
+            merge.run(&|_| {}, &Moving::quietly()).unwrap();
+            let mut top = Vhd::open(&fixture.paths[2], &OpenOptions::read_only().unlocked()).unwrap();
+            let block = top.header().unwrap().block().bytes();
+            let is_whole = top.data_bytes().unwrap().is_multiple_of(block);
+            assert_eq!(is_whole, first == 0, "{first}");
+            assert!(content(&chain) == fixture.model);
+            // A process that dies now leaves a child of its parent.
+            drop((merge, chain));
+            assert!(content(&fixture.open(2)) == fixture.model);
         }
     }
 

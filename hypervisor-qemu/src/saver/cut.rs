@@ -263,6 +263,7 @@ pub(super) async fn open_overlays(live: &QemuDomain, step: CutStep<'_>) -> Resul
 async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
     let mut cuts = Vec::new();
     let mut overlays = mem::take(&mut *live.open_overlays());
+    served::prepare(live, step.disks).await?;
     let graph = live.machine.graph().await.map_err(to_engine)?;
     for (target, instant) in step.disks {
         if *instant == DiskInstant::ByBackend && live.disk_of(target).is_none() {
@@ -282,7 +283,7 @@ async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>)
         let device = disk.device.clone();
         cuts.push(match instant {
             DiskInstant::ByBackend => continue,
-            // The server does it, with the guest paused.
+            // The server has opened it, and exchanges the images with the guest paused.
             DiskInstant::Overlay { .. } if disk.server.is_some() => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
             DiskInstant::Overlay { address, format } => {
@@ -305,6 +306,10 @@ async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>)
 
 /// Closes the unused ones of the given overlays, and adds to the error any that are left.
 async fn close(live: &QemuDomain, error: Error, opened: &[String]) -> Error {
+    let error = match served::forget(live).await {
+        Ok(()) => error,
+        Err(second) => error.state(format!("overlays may still be open in a server ({second})")),
+    };
     match Graph::read(&live.machine).await {
         Ok(graph) => {
             let idle = opened.iter().filter(|name| graph.users(name).next().is_none());
@@ -475,6 +480,7 @@ async fn end_saving(live: &QemuDomain, is_ours: bool) -> Result<()> {
 /// Closes our unused nodes.
 pub(super) async fn sweep(live: &QemuDomain) -> Result<()> {
     live.open_overlays().clear();
+    served::forget(live).await?;
     let ours = jobs::reconcile(&live.machine).await.map_err(to_engine)?;
     jobs::sweep(&live.machine, &ours).await.map_err(to_engine)
 }

@@ -21,7 +21,7 @@ use super::{
     disk::{self, Disk, FileView},
     error::to_engine,
     mark::Mark,
-    media, preflight, recorded, remove_memory, reopen, section,
+    media, preflight, recorded, remove_memory, reopen, section, served,
     unpacked::Unpacked,
 };
 use crate::{
@@ -46,7 +46,7 @@ pub(super) struct QemuDomain {
     pub(super) seen: DomainInfo,
     discovery: Discovery,
     pub(super) agent: Option<Agent>,
-    disks: Vec<Disk>,
+    pub(super) disks: Vec<Disk>,
     /// The layers of the domain's disks that belong to the domain.
     owned: Vec<(Target, PathBuf)>,
     /// The files of those disks of the domain that the machine does not have.
@@ -417,6 +417,7 @@ impl LiveDomain for QemuDomain {
             cut::sweep(self).await?;
             graph::close_detached_chains(&self.machine).await.map_err(to_engine)?;
         }
+        served::forget(self).await?;
         // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
         // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
         let is_closed = |disk: &Disk| disk.server.is_some() && disk.open_in(&graph).placeholder.is_some();

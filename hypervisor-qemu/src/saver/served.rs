@@ -2,6 +2,7 @@
 //!
 //! | step | QEMU's own images | a served disk |
 //! |---|---|---|
+//! | before a cut | nodes of the overlays are added | the server opens, locks and checks the overlay |
 //! | cut | a transaction puts overlays on top | the server goes on in the overlay, before the paths move |
 //! | undo of a cut | the overlay is committed | the server merges it down |
 //! | detached section | a placeholder replaces the chain | the server closes the chain; the node stays |
@@ -91,6 +92,32 @@ fn overlays<'a>(
             false => Err(wrong_format(target, &info, format)),
         }))
     })
+}
+
+/// Makes the servers open the overlays of a cut ahead of it, so that they only exchange images while the
+/// guest is paused. Changes nothing of the disks. An earlier server opens them in the cut.
+pub(super) async fn prepare(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
+    for served in overlays(live, disks) {
+        let ServedOverlay { target, server, address, info } = served?;
+        // It may be open since the start of a cut of several domains.
+        if info.prepares && info.prepared.as_deref() != Some(address.path()) {
+            let preparing = |error: Error| error.context(format!("opening the overlay of disk {target}"));
+            server.prepare(address.path().as_std_path()).await.map_err(preparing)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the servers close overlays that are not used: they are locked, and are to be removed.
+pub(super) async fn forget(live: &QemuDomain) -> Result<()> {
+    for disk in &live.disks {
+        let Some(server) = &disk.server else { continue };
+        // A server that was restarted has nothing open that it does not serve, and one that is gone neither.
+        if server.info().is_ok_and(|info| info.prepared.is_some()) {
+            server.forget().await?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the servers go on in the overlays. The guest is paused. A failure switches all back.
@@ -301,7 +328,11 @@ async fn carry_out(
     };
     // 1) Go on with a merge that a process began which has stopped. Otherwise look what is open: the server
     //    may have done it, and only the record of that is missing.
-    if !is_ours(&info) {
+    let mut limits = disk.speed.clone();
+    if is_ours(&info) {
+        // It has the limit of the process that began it.
+        limits.mark_changed();
+    } else {
         let open: Vec<FileIdentity> = files(&info).into_iter().map(|(_, identity)| identity).collect();
         let is_open = |file: &Utf8Path| identity(file.as_std_path()).is_some_and(|file| open.contains(&file));
         let left = request.run.iter().any(|file| *file != request.into && is_open(file));
@@ -316,7 +347,7 @@ async fn carry_out(
         if cancel.is_cancelled() {
             return Err(Error::new(ErrorKind::Cancelled, "it was cancelled"));
         }
-        let rate = *disk.speed.borrow();
+        let rate = *limits.borrow_and_update();
         server.begin_merge(request, rate).await?;
     }
     loop {
@@ -339,6 +370,12 @@ async fn carry_out(
                     Some(advice) => error.advise(advice),
                     None => error,
                 });
+            }
+        }
+        if limits.has_changed().unwrap_or(false) {
+            let rate = *limits.borrow_and_update();
+            if let Err(error) = server.limit_merge(rate).await {
+                tracing::debug!(%error, "a merge was not limited");
             }
         }
         if cancel.is_cancelled() {

@@ -89,6 +89,16 @@ impl ImageFile {
         Ok(Self::new(Box::new(file), path, writable))
     }
 
+    /// The same open file, with its locks, by another of its names.
+    ///
+    /// # Errors
+    /// The system's. Storage that is no file has no names.
+    pub fn under(&self, path: &Path) -> Result<Self> {
+        let failed = |e| Error::io("the file cannot be shared", e).on("open", &self.path);
+        let file = self.file().ok_or_else(|| failed(io::ErrorKind::Unsupported.into()))?;
+        Ok(Self::new(Box::new(file.try_clone().map_err(failed)?), path, self.writable))
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

@@ -41,15 +41,27 @@ pub fn at(session: &Session, image: &Utf8Path, format: &str, name: &str) -> Resu
         }
     };
     let chain = chain(session, &record, &point)?;
+    // Only qcow2 images have points inside of them: of the others, the current state would be served.
+    let tagged = point.tag.as_deref();
+    if let (Some(tag), Some((file, format))) = (tagged, chain.first())
+        && format != "qcow2"
+    {
+        return Err(no_snapshot(file, tag, image).into());
+    }
     let mut served = match chain.first() {
         Some((file, format)) if format == "vhd" => {
             let opened = VhdFormat::new(&session.global, true)?.open_chain(file)?;
             Served { path: image.to_owned(), ..opened }
         }
-        _ => open(chain, point.tag.as_deref(), image)?,
+        _ => open(chain, tagged, image)?,
     };
     served.snapshot = Some(name.to_owned());
     Ok(served)
+}
+
+fn no_snapshot(file: &Utf8Path, name: &str, image: &Utf8Path) -> Error {
+    Error::new(ErrorKind::NotFound, format!("{file} has no snapshot {name}"))
+        .advise(format!("`domsnap disk list {image}` lists its snapshots"))
 }
 
 /// The image as a disk that the catalogue does not know.
@@ -90,10 +102,8 @@ fn open(chain: Vec<(Utf8PathBuf, String)>, tag: Option<&str>, image: &Utf8Path) 
                 let state = match tag.filter(|_| run.is_empty()) {
                     None => RunLayer::active(&opened)?,
                     Some(tag) => {
-                        let found = opened.find_snapshot(tag)?.ok_or_else(|| {
-                            Error::new(ErrorKind::NotFound, format!("{file} has no snapshot {tag}"))
-                                .advise(format!("`domsnap disk list {image}` lists its snapshots"))
-                        })?;
+                        let found =
+                            opened.find_snapshot(tag)?.ok_or_else(|| no_snapshot(file, tag, image))?;
                         RunLayer::snapshot(&opened, found)?
                     }
                 };

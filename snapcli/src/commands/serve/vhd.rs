@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use backend_vhd::image::{self, Moving, NewImage, UniqueId, Vhd};
-use backend_vhd::{ServedChain, ServedMerge, ServedOptions, notes_of, parent_name_for, write_child};
-use camino::Utf8Path;
+use backend_vhd::{
+    ServedChain, ServedChild, ServedMerge, ServedOptions, notes_of, parent_name_for, write_child,
+};
+use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{
-    Content, ErrorKind as Kind, Extent, Format, Image, MergeRequest, MergeWatch, Merging, Served, Zeroing,
+    Content, ErrorKind as Kind, Extent, Format, Image, Layer, MergeRequest, MergeWatch, Merging, Prepared,
+    Served, Zeroing,
 };
 use snapcore::{Error, ErrorKind, Result};
 
@@ -36,7 +39,7 @@ impl VhdFormat {
 
     /// Opens the chain whose top is at `path`.
     pub fn open_chain(&self, path: &Utf8Path) -> Result<Served> {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let current = self.current();
         self.serve(path, ServedChain::open(path.as_std_path(), &self.options, current.as_deref())?)
     }
 
@@ -50,15 +53,38 @@ impl VhdFormat {
                 layers.push(layer(shown, opened)?);
             }
         }
-        let chain = Arc::new(chain);
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&chain));
-        Ok(served(Arc::new(VhdImage(chain)), path, "vhd", layers))
+        Ok(self.become_current(path, chain, layers))
     }
 
-    fn child_of(&self, current: &Served, child: &Utf8Path, id: &str) -> Result<Served> {
+    fn become_current(&self, path: &Utf8Path, chain: ServedChain, layers: Vec<Layer>) -> Served {
+        let chain = Arc::new(chain);
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&chain));
+        served(Arc::new(VhdImage(chain)), path, "vhd", layers)
+    }
+
+    fn current(&self) -> Option<Arc<ServedChain>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Opens, locks and checks `image`, if it is a child of the image that is served.
+    fn prepared(&self, image: &Utf8Path) -> Result<Option<VhdChild>> {
+        let Some(chain) = self.current() else { return Ok(None) };
+        let Some(child) = chain.prepare_child(image.as_std_path(), &self.options)? else { return Ok(None) };
+        let mut layers = Vec::new();
+        for (path, file) in child.files_on(&chain) {
+            let shown = Utf8Path::from_path(path)
+                .ok_or_else(|| Error::new(ErrorKind::Unsupported, "a layer's path is not UTF-8"))?;
+            if let Some(opened) = file.file() {
+                layers.push(layer(shown, opened)?);
+            }
+        }
+        Ok(Some(VhdChild { format: self.clone(), path: image.to_owned(), child, layers }))
+    }
+
+    /// Creates `child` on the image that is served, unless it exists.
+    fn child_of(&self, current: &Served, child: &Utf8Path, id: &str) -> Result<VhdChild> {
         let parent = current.layers.first().map_or(current.path.as_path(), |top| top.file.as_path());
-        let own = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let parent_id = own.and_then(|own| own.id()).ok_or_else(|| {
+        let parent_id = self.current().and_then(|own| own.id()).ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, format!("{parent} is no VHD that can be a parent"))
         })?;
         if parent.parent() != child.parent() {
@@ -83,7 +109,31 @@ impl VhdFormat {
                 ),
             ));
         }
-        self.open_chain(child)
+        self.prepared(child)?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Refused,
+                format!("{child} does not lead to {parent}, its parent, or is too small"),
+            )
+        })
+    }
+}
+
+/// A child that is ready to be served.
+struct VhdChild {
+    format: VhdFormat,
+    path: Utf8PathBuf,
+    child: ServedChild,
+    /// The files of its chain, which nothing can change before the exchange.
+    layers: Vec<Layer>,
+}
+
+impl Prepared for VhdChild {
+    fn serve(self: Box<Self>) -> nbd_server::Result<Served> {
+        let Self { format, path, child, layers } = *self;
+        let gone = || nbd_server::Error::new(Kind::Refused, "no chain of VHDs is served");
+        let chain = format.current().ok_or_else(gone)?;
+        let next = chain.put_on(child).map_err(|error| of_backend(&error.into()))?;
+        Ok(format.become_current(&path, next, layers))
     }
 }
 
@@ -107,17 +157,27 @@ impl Format for VhdFormat {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn snapshot(&self, current: &Served, child: &Utf8Path, id: &str) -> nbd_server::Result<Served> {
+    fn prepare(&self, _: &Served, image: &Utf8Path) -> nbd_server::Result<Option<Box<dyn Prepared>>> {
+        let child = self.prepared(image).map_err(|error| of_backend(&error))?;
+        Ok(child.map(|child| Box::new(child) as Box<dyn Prepared>))
+    }
+
+    fn prepare_child(
+        &self,
+        current: &Served,
+        child: &Utf8Path,
+        id: &str,
+    ) -> nbd_server::Result<Box<dyn Prepared>> {
         if current.image.is_read_only() {
             let message = format!("{} is served read-only", current.path);
             return Err(nbd_server::Error::new(Kind::Refused, message));
         }
-        self.child_of(current, child, id).map_err(|error| of_backend(&error))
+        let child = self.child_of(current, child, id).map_err(|error| of_backend(&error))?;
+        Ok(Box::new(child))
     }
 
     fn merge(&self, current: &Served, request: &MergeRequest) -> nbd_server::Result<Box<dyn Merging>> {
-        let chain = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let chain = chain.ok_or_else(|| {
+        let chain = self.current().ok_or_else(|| {
             nbd_server::Error::new(Kind::Refused, format!("{} is not a chain of VHDs", current.path))
         })?;
         let run: Vec<PathBuf> = request.run.iter().map(PathBuf::from).collect();

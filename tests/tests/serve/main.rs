@@ -1,6 +1,9 @@
 //! `domsnap disk serve`: judged by nbdinfo, nbdcopy, fio and QEMU; killed; with snapshots; with systemd's
 //! sockets; under a guest.
 
+mod reports;
+mod vhd;
+
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -235,74 +238,6 @@ fn socket_of_systemd_is_used_and_kept() -> Result<()> {
     ensure!(child.wait()?.success());
     ensure!(place.file("s").exists(), "the socket is systemd's to remove");
     ensure!(!place.file("s.control").exists());
-    Ok(())
-}
-
-/// A VHD that QEMU made is written; the server freezes it and goes on in a child while a client is connected;
-/// it is killed with a thousand writes that were not flushed; and the next one has them all. QEMU reads the
-/// parent as it was frozen, and 7-Zip reads the child.
-#[test]
-fn vhd_chain_survives_snapshot_and_sigkill() -> Result<()> {
-    let place = Place::new()?;
-    let (base, child) = (place.file("base.vhd"), place.file("child.vhd"));
-    qemu::img(&["create", "-q", "-f", "vpc", "-o", "force_size=on", &text(&base), "16M"])?;
-    qemu::run("qemu-io", &["-f", "vpc", "-c", "write -P 1 0 5M", &text(&base)])?;
-    let mut model = vec![0u8; 16 << 20];
-    model[..5 << 20].fill(1);
-    let mut server = place.serve("base.vhd,format=vhd", &[])?;
-    let mut client = Client::connect(&place.file("s"))?;
-    let mut write = |client: &mut Client, number: u64, salt: u8| {
-        let (at, data) = (number * 7919 % 30000 * 512, [number as u8 ^ salt; 1024]);
-        model[at as usize..at as usize + 1024].copy_from_slice(&data);
-        client.write(at, &data).map(|()| model.clone())
-    };
-    let mut frozen = Vec::new();
-    for number in 0..100 {
-        frozen = write(&mut client, number, 0x33)?;
-    }
-    let id = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
-    let snapshot = json!({ "do": "snapshot", "child": text(&child), "id": id });
-    for _ in 0..2 {
-        ensure!(server.ask(&snapshot)?["generation"] == 2, "the repeated snapshot was not recognised");
-    }
-    let info = server.ask(&json!({ "do": "info" }))?;
-    ensure!(info["image"] == text(&child) && info["layers"].as_array().map(Vec::len) == Some(2), "{info}");
-    let mut current = Vec::new();
-    for number in 0..1000 {
-        current = write(&mut client, number, 0xa5)?;
-    }
-    server.kill()?;
-    let refused = place.domsnap().run(&[
-        "disk",
-        "serve",
-        &format!("{},format=vhd", text(&child)),
-        "--read-only",
-        "--socket",
-        &text(&place.file("t")),
-    ])?;
-    ensure!(refused.stderr.contains("for writing once"), "{refused}");
-    let refused = place.domsnap().run(&["create", &format!("{},format=vhd", text(&child)), "s1"])?;
-    let refused = refused.expect_status(status::REFUSED)?;
-    ensure!(refused.stderr.contains("a server of") && refused.stderr.contains("disk serve"), "{refused}");
-    let mut server = place.serve("child.vhd,format=vhd", &[])?;
-    let copy = place.file("copy.raw");
-    qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
-    ensure!(bytes(&copy)? == current, "acknowledged writes are lost");
-    let job = format!("--uri={}", server.uri());
-    let args = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=16M"];
-    let more = [job.as_str(), "--verify=crc32c", "--verify_state_save=0", "--output-format=terse"];
-    qemu::run("fio", &[&args[..], &more].concat())?;
-    qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
-    server.stop()?;
-    let parent = place.file("parent.raw");
-    qemu::img(&["convert", "-f", "vpc", "-O", "raw", &text(&base), &text(&parent)])?;
-    ensure!(bytes(&parent)? == frozen, "the frozen image changed");
-    let read = Command::new("7zz").args(["x", "-so", "-tvhd"]).arg(&child).output().context("7zz")?;
-    ensure!(
-        read.stdout == bytes(&copy)?,
-        "7-Zip reads something else: {}",
-        String::from_utf8_lossy(&read.stderr)
-    );
     Ok(())
 }
 
