@@ -141,6 +141,12 @@ impl VmStateSaver for Xen {
         Ok(StepOutcome::default().guest(Some(GuestChange::Started)).started(started))
     }
 
+    /// Nothing of a record is run: xl restores a domain from its memory image, or creates it from the config
+    /// that is registered.
+    fn kept_machine(&self, machine: &serde_json::Value, _trusted: bool) -> serde_json::Value {
+        machine.clone()
+    }
+
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
         let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
         let has_tpm = machine.is_some_and(|machine| {

@@ -417,11 +417,10 @@ pub trait VmStateSaver: Send + Sync {
     }
 
     /// Returns what may be recorded of a machine's record that a manifest has. A manifest is data of whoever
-    /// owns its directory. If it is not `trusted`, nothing is kept that this hypervisor would run: a program,
-    /// a command line, an environment.
+    /// owns its directory. If it is not `trusted`, nothing may be kept that this hypervisor would run: a
+    /// program, a command line, an environment. Without this method, nothing of such a record is.
     fn kept_machine(&self, machine: &serde_json::Value, trusted: bool) -> serde_json::Value {
-        let _ = trusted;
-        machine.clone()
+        if trusted { machine.clone() } else { serde_json::Value::Null }
     }
 
     /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
