@@ -110,8 +110,9 @@ impl AsFd for Stream {
     }
 }
 
-/// Connects to a Unix socket. The system takes names of 107 bytes; a QEMU that was started in a deep directory
-/// has listened by a shorter, relative name. So a socket with a longer path is reached through its directory.
+/// Connects to a Unix socket. The system takes names of 107 bytes; a QEMU that was started in a deep
+/// directory has listened by a shorter, relative name. So a socket with a longer path is reached through its
+/// directory.
 async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     const LONGEST: usize = 107;
     let long = path.as_os_str().len() > LONGEST;

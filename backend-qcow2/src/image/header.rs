@@ -664,7 +664,7 @@ fn unknown_features(bits: u64, extensions: &[Extension]) -> Error {
         .advise("convert it with a QEMU that knows them")
 }
 
-/// The formats that are known by their first bytes. They only make the advice: a guest can write such bytes to a
+/// Formats that are known by their first bytes. They only make the advice: a guest can write such bytes to a
 /// raw disk, so the format is what the user states.
 const OTHERS: [(&[u8], &str); 4] = [
     (b"conectix", "it looks like a VHD: state that behind its path: PATH,format=vhd"),

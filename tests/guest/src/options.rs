@@ -141,8 +141,8 @@ impl GuestOptions {
         self
     }
 
-    /// How long the guest rests between two ticks, in milliseconds. 20: at 5, it takes half as much again of a
-    /// processor, and a run of the suites has one alive at most times.
+    /// How long the guest rests between two ticks, in milliseconds. 20: at 5, it takes half as much again of
+    /// a processor, and a run of the suites has one alive at most times.
     pub fn tick_ms(mut self, ms: u64) -> Self {
         self.tick_ms = ms;
         self

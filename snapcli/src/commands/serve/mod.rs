@@ -87,7 +87,7 @@ fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Res
         return Ok(fixed(point::at(session, image, format, name)?));
     }
     if format == "qcow2" {
-        // Opened first: what is no qcow2 image at all is told so.
+        // Opened first: the error for a file that is no qcow2 image says what it may be.
         let served = point::current(session, image, format)?;
         if serve.read_only {
             return Ok(fixed(served));
