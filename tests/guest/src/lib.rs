@@ -48,7 +48,7 @@ mod state;
 pub mod parts {
     pub use crate::build::{Archive, Root, WITNESS, compile, elf, uncompressed};
     pub use crate::cache::Built;
-    pub use crate::process::run;
+    pub use crate::process::{preferred, run};
     pub use crate::qemu::{FIRMWARE, program};
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use testguest::parts::{Archive, run};
+use testguest::parts::{Archive, preferred, run};
 
 use crate::build;
 
@@ -220,7 +220,7 @@ impl Machine {
 
     fn qemu(&self, kernel: &Path, dir: &Path) -> Command {
         let path = env::var("PATH").unwrap_or_default();
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = preferred("qemu-system-x86_64");
         qemu.env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // One processor: with two, an emulated kernel spends a third of its time on their agreement.
         qemu.args(["-machine", "pc", "-accel", "tcg", "-cpu", "max", "-smp", "1"]);

@@ -24,7 +24,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use testguest::parts::{Built, run};
+use testguest::parts::{Built, preferred, run};
 
 use crate::build;
 
@@ -148,7 +148,7 @@ impl Machine {
         let built = self.built.dir();
         let text = built.to_str().context("the directory of the machine with Xen has no UTF-8 name")?;
         ensure!(!text.contains([',', ' ']), "QEMU's options cannot name {text}: no commas or blanks, please");
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = preferred("qemu-system-x86_64");
         qemu.args([
             "-nodefaults",
             "-no-user-config",
