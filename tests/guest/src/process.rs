@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 /// Directories of system programs that are not in every user's PATH.
 const SYSTEM: &str = "/usr/sbin:/sbin";
 
-/// A program that the system runs before others, where it may be: the machines in which tests run one after
-/// another decide how long a whole run takes. `nice` runs it all the same for a user who may not ask for that.
+/// A program that the system prefers to others: the machines in which tests run one after another decide how
+/// long a whole run takes. `nice` runs it all the same for a user who may not ask for that.
 pub fn preferred(program: &str) -> Command {
     let mut command = Command::new("nice");
     command.args(["-n", "-5", program]);
