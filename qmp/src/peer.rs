@@ -66,18 +66,23 @@ impl Other {
 ///
 /// The kernel reports the process that called `listen`. That is another one where a supervisor opened the
 /// socket and handed it to QEMU, as libxl and libvirt do; by now it may have ended, and its number may be
-/// another process's. So it is believed only as long as it cannot be shown that it has no such connection.
+/// another process's. So it is believed only if it has such a connection, or its descriptors cannot be read.
 fn serving(listening: Option<Peer>, name: &[u8]) -> Option<Peer> {
     let mut tables = Tables::default();
-    if listening.is_some_and(|peer| tables.serves(peer.pid, name) == Some(true)) {
+    let is_visible = |peer: &Peer| fs::exists(format!("/proc/{}", peer.pid)).unwrap_or(false);
+    if let Some(peer) = listening
+        && is_visible(&peer)
+        && tables.serves(peer.pid, name).unwrap_or(true)
+    {
         return listening;
     }
-    let server = processes().filter(|pid| tables.serves(*pid, name) == Some(true)).min();
-    let found = server.and_then(|pid| {
-        let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-        Some(Peer { pid, uid, start_ticks: start_ticks(pid) })
-    });
-    found.or(listening)
+    // Two QEMUs may listen by the same relative name, in two directories: then it is not known which one.
+    let mut servers = processes().filter(|pid| tables.serves(*pid, name) == Some(true));
+    let (Some(pid), None) = (servers.next(), servers.next()) else {
+        return listening.filter(|peer| !is_visible(peer));
+    };
+    let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+    Some(Peer { pid, uid, start_ticks: start_ticks(pid) })
 }
 
 /// The accepted Unix connections of each network namespace: inode and name of the listener.
