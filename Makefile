@@ -7,6 +7,7 @@
 # make build      the release binary: target/release/domsnap
 
 CARGO ?= cargo
+RELEASED := $(or $(CARGO_TARGET_DIR),target)/release/domsnap
 NEXTEST ?= $(CARGO) nextest run
 
 # The message of a failed test says what it was about; a backtrace would not.
@@ -63,14 +64,14 @@ test-fast: deps qemu nextest under-test
 bench: deps qemu build
 	scripts/install-libvirt
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
-	$(if $(BENCH),,$(CARGO) run --release --locked -q -p lvmguest --example create_over_volumes -- target/release/domsnap 9)
+	$(if $(BENCH),,$(CARGO) run --release --locked -q -p lvmguest --example create_over_volumes -- $(RELEASED) 9)
 
 widths words:
 	@scripts/$@
 
 demo: deps qemu build
 	scripts/demo
-	$(CARGO) run --locked -q -p testguest --example tour -- target/release/domsnap
+	$(CARGO) run --locked -q -p testguest --example tour -- $(RELEASED)
 
 ci:
 	.ci/run
