@@ -13,9 +13,8 @@ NEXTEST ?= $(CARGO) nextest run
 # The message of a failed test says what it was about; a backtrace would not.
 export RUST_LIB_BACKTRACE = 0
 
-# Places for tests (.config/nextest.toml): each takes two or more of them. With nine on two processors, three
-# tests run beside a machine, and the processors are never idle.
-export NEXTEST_TEST_THREADS ?= $(shell expr 9 \* `nproc` / 2)
+# Places for tests (.config/nextest.toml): each takes two or more of them.
+export NEXTEST_TEST_THREADS ?= $(shell expr 4 \* `nproc`)
 
 .PHONY: all build test test-all test-fast widths words bench demo ci deps qemu nextest under-test
 
