@@ -1,7 +1,7 @@
 //! The process at the other end of a connection.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     net::{IpAddr, SocketAddr},
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -68,16 +68,16 @@ impl Other {
 /// socket and handed it to QEMU, as libxl and libvirt do; by now it may have ended, and its number may be
 /// another process's. So it is believed only if it has such a connection, or its descriptors cannot be read.
 fn serving(listening: Option<Peer>, name: &[u8]) -> Option<Peer> {
-    let mut tables = Tables::default();
+    let mut tables = Tables { name, accepted: HashMap::new() };
     let is_visible = |peer: &Peer| fs::exists(format!("/proc/{}", peer.pid)).unwrap_or(false);
     if let Some(peer) = listening
         && is_visible(&peer)
-        && tables.serves(peer.pid, name).unwrap_or(true)
+        && tables.serves(peer.pid).unwrap_or(true)
     {
         return listening;
     }
     // Two QEMUs may listen by the same relative name, in two directories: then it is not known which one.
-    let mut servers = processes().filter(|pid| tables.serves(*pid, name) == Some(true));
+    let mut servers = processes().filter(|pid| tables.serves(*pid) == Some(true));
     let (Some(pid), None) = (servers.next(), servers.next()) else {
         return listening.filter(|peer| !is_visible(peer));
     };
@@ -85,34 +85,29 @@ fn serving(listening: Option<Peer>, name: &[u8]) -> Option<Peer> {
     Some(Peer { pid, uid, start_ticks: start_ticks(pid) })
 }
 
-/// The accepted Unix connections of each network namespace: inode and name of the listener.
-#[derive(Default)]
-struct Tables(HashMap<PathBuf, Vec<(u64, Vec<u8>)>>);
+/// The accepted connections of the Unix sockets of one name: their inodes, for each network namespace.
+struct Tables<'a> {
+    name: &'a [u8],
+    accepted: HashMap<PathBuf, HashSet<u64>>,
+}
 
-impl Tables {
-    /// Returns true if a process has an accepted connection of that listener; `None` if its descriptors
-    /// cannot be read.
-    fn serves(&mut self, pid: u32, name: &[u8]) -> Option<bool> {
-        let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+impl Tables<'_> {
+    /// Returns true if a process has such a connection; `None` if its descriptors cannot be read.
+    fn serves(&mut self, pid: u32) -> Option<bool> {
+        let mut open = sockets_of(pid)?;
         let namespace = fs::read_link(format!("/proc/{pid}/ns/net")).ok()?;
-        let table = self.0.entry(namespace).or_insert_with(|| {
+        let accepted = self.accepted.entry(namespace).or_insert_with(|| {
             let table = fs::read(format!("/proc/{pid}/net/unix")).unwrap_or_default();
-            table.split(|byte| *byte == b'\n').filter_map(accepted).collect()
+            let of_name = |line| accepted(line).filter(|(_, of)| *of == self.name);
+            table.split(|byte| *byte == b'\n').filter_map(of_name).map(|(inode, _)| inode).collect()
         });
-        if !table.iter().any(|(_, of)| of == name) {
-            return Some(false);
-        }
-        let is_one = |target: PathBuf| {
-            let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()?;
-            table.iter().any(|(one, of)| *one == inode && of == name).then_some(())
-        };
-        Some(open.flatten().any(|entry| fs::read_link(entry.path()).ok().and_then(is_one).is_some()))
+        Some(!accepted.is_empty() && open.any(|inode| accepted.contains(&inode)))
     }
 }
 
 /// Parses a line of `/proc/net/unix`, if it is a connection: number, references, protocol, flags, type,
 /// state, inode, name. Of the two ends, only the accepted one has a name.
-fn accepted(line: &[u8]) -> Option<(u64, Vec<u8>)> {
+fn accepted(line: &[u8]) -> Option<(u64, &[u8])> {
     const CONNECTED: &str = "03";
     const LISTENS: &str = "00010000";
     let mut rest = line;
@@ -126,7 +121,7 @@ fn accepted(line: &[u8]) -> Option<(u64, Vec<u8>)> {
     }
     let name = rest.strip_prefix(b" ")?;
     let (flags, state, inode) = (fields.get(3)?, fields.get(5)?, fields.get(6)?);
-    (*state == CONNECTED && *flags != LISTENS).then_some((inode.parse().ok()?, name.to_vec()))
+    (*state == CONNECTED && *flags != LISTENS).then_some((inode.parse().ok()?, name))
 }
 
 /// Returns the name by which the socket at the other end listens, as its process gave it.
@@ -172,15 +167,16 @@ fn table_address(text: &str) -> Option<SocketAddr> {
 
 /// Finds the process that has a socket open. Processes with unreadable descriptors are skipped.
 fn process_with(inode: u64) -> Option<u32> {
-    let link = format!("socket:[{inode}]");
-    let has = |pid: &u32| {
-        let open = fs::read_dir(format!("/proc/{pid}/fd"));
-        open.into_iter()
-            .flatten()
-            .flatten()
-            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == link.as_str()))
-    };
-    processes().filter(has).min()
+    processes().filter(|pid| sockets_of(*pid).is_some_and(|mut open| open.any(|one| one == inode))).min()
+}
+
+/// Returns the inodes of the sockets that a process has open; `None` if its descriptors cannot be read.
+fn sockets_of(pid: u32) -> Option<impl Iterator<Item = u64>> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    Some(open.flatten().filter_map(|entry| {
+        let target = fs::read_link(entry.path()).ok()?;
+        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    }))
 }
 
 /// Returns all processes.
@@ -223,8 +219,8 @@ mod tests {
 
     #[test]
     fn only_accepted_connections_are_servers() {
-        let line = |text: &str| accepted(text.as_bytes());
-        let name = b"/run/a monitor".to_vec();
+        let line = |text: &'static str| accepted(text.as_bytes());
+        let name = &b"/run/a monitor"[..];
         assert_eq!(
             line("00000000d1b7d5a5: 00000003 00000000 00000000 0001 03 2671915 /run/a monitor"),
             Some((2_671_915, name))
