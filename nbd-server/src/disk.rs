@@ -443,9 +443,7 @@ impl State {
         }
         self.hold.as_ref()
     }
-}
 
-impl State {
     fn may_exchange(&mut self, hold: Option<u64>) -> Result<()> {
         match hold {
             Some(number) => require_hold(self, number)?,
