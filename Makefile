@@ -35,10 +35,10 @@ nextest:
 	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
 
 # The suites run the real binary and preload the real shim: neither is a dependency that cargo would build for
-# them.
+# them. All of the workspace at once: `-p snapcli` alone would select other features of the dependencies, and
+# every crate from there up would be compiled twice.
 under-test:
-	$(CARGO) build --locked -p snapcli -p faultfs
-	$(CARGO) build --locked -p snapcli --example revert_loop
+	$(CARGO) build --workspace --locked --lib --bins --tests --examples
 
 test: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked

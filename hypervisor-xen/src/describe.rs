@@ -1,6 +1,11 @@
 //! The description of a domain, and the server of each of its disks.
 
-use std::{fs, os::unix::fs::FileTypeExt, path::Path};
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
@@ -157,6 +162,37 @@ pub(crate) fn note_members(seen: &mut DomainInfo, drives: &[XenDisk], domain: &D
             }
             // A detached section of ours has destroyed the domain: only its previous disks are known.
             None => disk.member = Some(disk.target.clone()),
+        }
+    }
+}
+
+/// Records which images the domain has open under a name that leads to another one by now: those of its QEMU,
+/// as that reports them, and the block devices that dom0's kernel serves, by their numbers.
+pub(crate) fn note_replaced(
+    seen: &mut DomainInfo,
+    drives: &[XenDisk],
+    qemu: Option<&DomainInfo>,
+    served: &HashSet<u64>,
+) {
+    for disk in &mut seen.disks {
+        let of_qemu = qemu.and_then(|qemu| qemu.disks.iter().find(|drive| drive.address == disk.address));
+        disk.replaced = of_qemu.and_then(|drive| drive.replaced.clone());
+        let path = disk.address.path();
+        let is_served = drives.iter().any(|drive| drive.server == Server::Device && drive.path == path);
+        let device = fs::metadata(path).ok().filter(|about| about.file_type().is_block_device());
+        let Some(number) = device.map(|about| about.rdev()).filter(|_| is_served && !served.is_empty())
+        else {
+            continue;
+        };
+        if !served.contains(&number) {
+            let why = format!(
+                "{path} is another device than the one that the running domain has as {}: that was renamed or \
+                 replaced since",
+                disk.target
+            );
+            let advice = "give the volume that the domain has (`xl block-list`, `dmsetup info`) its name back, or shut \
+                          the domain down first";
+            disk.replaced = Some(Obstacle::new(why, advice));
         }
     }
 }

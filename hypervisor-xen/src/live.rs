@@ -29,6 +29,7 @@ use crate::{
     memory,
     saver::{blocking, check_memory, remove_memory},
     section::{self, Fingerprint, NotePaths},
+    users,
     xl::{SOON, Xl},
 };
 
@@ -99,12 +100,16 @@ impl XenDomain {
             saved_running: Mutex::default(),
             section: Mutex::default(),
         };
+        let running_as = running.as_ref().map(|(domid, _)| *domid);
         if let Some((domid, config)) = running {
             live.connect(domid, config).await?;
         }
         let drives = live.xen_disks().await;
         describe::note_members(&mut live.seen, &drives, domain);
-        if let Some(qemu) = live.qemu().await {
+        let qemu = live.qemu().await;
+        let served = running_as.map(users::served_devices).unwrap_or_default();
+        describe::note_replaced(&mut live.seen, &drives, qemu.as_ref().map(|qemu| qemu.seen()), &served);
+        if let Some(qemu) = qemu {
             live.seen.disks.extend(describe::unknown_to_libxl(qemu.seen(), &drives));
         }
         Ok(live)

@@ -7,6 +7,7 @@ use std::{
     path::Path,
 };
 
+use rustix::fs::makedev;
 use snapcore::{FileIdentity, file_identity};
 
 /// Returns those of the files that a QEMU of Xen or a loop device has open, each with the user's name.
@@ -33,6 +34,22 @@ pub(crate) fn open_without_lock(files: &HashSet<FileIdentity>) -> Vec<(FileIdent
         }
     }
     found.into_iter().collect()
+}
+
+/// Returns the numbers of the block devices that dom0's kernel serves to a domain.
+pub(crate) fn served_devices(domid: u32) -> HashSet<u64> {
+    let mut devices = HashSet::new();
+    for entry in fs::read_dir("/sys/bus/xen-backend/devices").into_iter().flatten().flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(&format!("vbd-{domid}-")) {
+            continue;
+        }
+        // Both numbers are hexadecimal.
+        let text = fs::read_to_string(entry.path().join("physical_device")).unwrap_or_default();
+        let Some((major, minor)) = text.trim().split_once(':') else { continue };
+        let number = |text| u32::from_str_radix(text, 16).ok();
+        devices.extend(number(major).zip(number(minor)).map(|(major, minor)| makedev(major, minor)));
+    }
+    devices
 }
 
 /// Returns the domain of a process, if it is the QEMU of one.

@@ -201,6 +201,82 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
+/// An image that was moved away, or replaced, under a running guest: what its name leads to is not what the
+/// guest has. Nothing is done by that name, whichever layer it is, and the message says how to
+/// put it right.
+#[test]
+fn moved_and_replaced_images_are_refused() -> Result<()> {
+    for (format, image) in [("qcow2", "d.qcow2"), ("raw", "d.raw")] {
+        let place = Place::new(&[image, "other.qcow2", "other.raw"])?;
+        let other = place.file(&format!("other.{format}"));
+        let drive = format!("driver={format},file.driver=file,file.filename=DIR/{image},node-name=d0");
+        let dir = place.dir.path().display().to_string();
+        let args = ["-blockdev", &drive.replace("DIR", &dir), "-device", "virtio-blk-pci,drive=d0,id=vda"];
+        let qemu = Idle::start(Version::New, place.dir.path(), format, &args)?;
+        let (domsnap, address) = (place.domsnap(), qemu.address());
+        let (path, away) = (place.file(image), place.file("away"));
+        qemu.write("vda", 7)?;
+        let refuse = |operations: &[&[&str]], parts: &[&str]| -> Result<()> {
+            for operation in operations {
+                let args = [&operation[..1], &[address.as_str()], &operation[1..]].concat();
+                refused(domsnap.run(&args)?, parts).with_context(|| format!("{format} {operation:?}"))?;
+            }
+            Ok(())
+        };
+        let replace = |image: &str| -> Result<()> {
+            std::fs::rename(image, &away)?;
+            std::fs::copy(&other, image)?;
+            Ok(())
+        };
+        let put_back = |image: &str| std::fs::rename(&away, image);
+        let untouched = std::fs::read(&other)?;
+        let creates: [&[&str]; 3] =
+            [&["create", "s"], &["create", "s", "--disk-only"], &["create", "s", "--external"]];
+
+        // A domain that is not known yet.
+        replace(&path)?;
+        refuse(&creates, &["moved or replaced", &path, &format!("mv -T {away} {path}")])?;
+        ensure!(std::fs::read(&path)? == untouched, "{format}: the other file was changed");
+        put_back(&path)?;
+        domsnap.done(&["create", &address, "s", "--external"])?;
+
+        // The active image of a known one, and a frozen one below it.
+        let all: [&[&str]; 4] =
+            [&["create", "t"], &["create", "t", "--disk-only"], &["revert", "s"], &["delete", "s"]];
+        replace(&path)?;
+        refuse(&all, &["vda", &path])?;
+        ensure!(std::fs::read(&path)? == untouched, "{format}: the other file was changed");
+        put_back(&path)?;
+        let layers =
+            std::fs::read_dir(&dir)?.filter_map(|entry| Some(entry.ok()?.path().display().to_string()));
+        let is_frozen = |layer: &String| {
+            let node = qemu.qmp("query-named-block-nodes", json!({ "flat": true })).unwrap_or_default();
+            let nodes = node.as_array().cloned().unwrap_or_default();
+            nodes.iter().any(|node| node["file"] == layer.as_str() && node["ro"] == true)
+        };
+        let frozen =
+            layers.filter(|layer| layer.contains(".ds-")).find(is_frozen).context("no frozen layer")?;
+        replace(&frozen)?;
+        refuse(&all, &["vda", &frozen])?;
+        ensure!(std::fs::read(&frozen)? == untouched, "{format}: the other file was changed");
+        put_back(&frozen)?;
+
+        // Put right, all is as before: the guest has what it wrote.
+        domsnap.done(&["create", &address, "t"])?;
+        domsnap.done(&["revert", &address, "s"])?;
+        domsnap.done(&["delete", &address, "t"])?;
+        qemu.flush("vda")?;
+        ensure!(has_pattern(Path::new(&path), 7)?, "{format}: the guest has lost what it wrote");
+
+        // A file without any name left.
+        std::fs::remove_file(&path)?;
+        std::fs::copy(&other, &path)?;
+        refuse(&[&["create", "u"]], &["vda", &path])?;
+        qemu.quit()?;
+    }
+    Ok(())
+}
+
 /// A disk that was plugged in later is missed, and a job that works on a disk keeps snapshots and reverts off
 /// it.
 #[test]

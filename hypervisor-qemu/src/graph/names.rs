@@ -94,15 +94,16 @@ fn shown(file: &NodeFile) -> String {
     format!("node {} names {}, {what}", file.node, file.file.display())
 }
 
-/// Returns device and inode of each file that a QEMU has open and that may be an image. Locks do not identify
-/// images: an image that was hot-plugged with `locking=off` has none, and no query reports that option.
+/// Returns device and inode of each file that a QEMU has open and that may be an image, with its name now.
+/// Locks do not identify images: an image that was hot-plugged with `locking=off` has none, and no query
+/// reports that option.
 ///
 /// # Errors
 /// An error if `/proc` is not readable.
-pub(crate) fn open_images(process: &Path) -> std::io::Result<HashSet<(u64, u64)>> {
+pub(crate) fn open_images(process: &Path) -> std::io::Result<HashMap<(u64, u64), PathBuf>> {
     let open = open_files(process)?;
     let is_one = |file: &OpenFile| file.is_image || file.may_be_image;
-    Ok(open.into_iter().filter(|(_, file)| is_one(file)).map(|(identity, _)| identity).collect())
+    Ok(open.into_iter().filter(|(_, file)| is_one(file)).map(|(id, file)| (id, file.path)).collect())
 }
 
 /// Returns true if a QEMU has a file open without any of its image locks. For an image of a machine with

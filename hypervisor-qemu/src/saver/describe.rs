@@ -1,13 +1,14 @@
 //! The description of a domain, and the part of it that is recorded with a snapshot.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::Target;
 use snapcore::hypervisor::{DomainInfo, Obstacle, SeenDisk};
+use snapcore::{FileIdentity, Target, shell_command};
 
-use super::disk::{FileView, QemuChain, target_name};
+use super::disk::{FileView, QemuChain, QemuLayer, identity, target_name};
 use crate::{
     discover::{BlockDevice, Discovery, ImageOptions, Process, Role, shared_by},
     error::Result,
@@ -68,7 +69,56 @@ fn if_missing(target: &Target, path: &Utf8Path) -> Obstacle {
     )
 }
 
+/// Returns the reason and the advice where a name of an image of a drive leads to another file than the one
+/// that QEMU, or our server, has open: the image was moved, or another put in its place. Whatever is done by
+/// that name, and each reopening by QEMU itself, would be done with the wrong file, without an error.
+///
+/// A process that has no image open but those that the nodes name proves nothing: it may not be the QEMU.
+fn replaced(
+    open: &QemuChain,
+    images: &HashMap<FileIdentity, PathBuf>,
+    unnamed: &HashMap<FileIdentity, PathBuf>,
+) -> Option<Obstacle> {
+    if open.placeholder.is_some() {
+        return None;
+    }
+    let moved = "is another file than the one that the running domain opened by that name, which was moved or replaced \
+                 since";
+    if open.server().is_some() {
+        // The server reports what it has open; its files' names are looked up here.
+        let is_other = |layer: &&QemuLayer| {
+            layer.file.as_deref().and_then(identity).is_some_and(|named| layer.identity != Some(named))
+        };
+        let named = open.layers.iter().find(is_other)?.file.as_deref()?.display().to_string();
+        let advice = "move the other file away and give the image that the server has open its name back";
+        return Some(Obstacle::new(format!("{named} {moved}"), advice));
+    }
+    if unnamed.is_empty() {
+        return None;
+    }
+    let is_other = |layer: &&QemuLayer| layer.identity.is_some_and(|file| !images.contains_key(&file));
+    let named = open.layers.iter().find(is_other)?.file.as_deref()?.display().to_string();
+    let mut now: Vec<String> = unnamed.values().map(|path| path.display().to_string()).collect();
+    now.sort();
+    let why = format!("{named} {moved}; it has open: {}", now.join(", "));
+    let advice = match &now[..] {
+        // The kernel says so behind the last name.
+        [only] if only.ends_with(" (deleted)") => "copy the disk out of the running domain before it ends (QEMU's \
+             `blockdev-mirror` or `blockdev-backup`), or shut it down and lose what it wrote since: no file has that name \
+             any more"
+            .to_owned(),
+        [only] => format!(
+            "move the other file away and give the image its name back: `{}`",
+            shell_command(["mv", "-T", only.as_str(), named.as_str()])
+        ),
+        _ => "move the other file away and give the image its name back".to_owned(),
+    };
+    Some(Obstacle::new(why, advice))
+}
+
 fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk> {
+    let images = view.open_images().unwrap_or_default();
+    let unnamed = view.unnamed(graph, images.clone());
     let mut taken = HashSet::new();
     let mut disks = Vec::new();
     for drive in &discovery.drives {
@@ -96,6 +146,7 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
         disks.push(
             SeenDisk::new(target, path, format)
                 .if_missing(Some(missing))
+                .replaced(replaced(&open, &images, &unnamed))
                 .left_out(left_out)
                 .guest_writes(drive.guest_writes())
                 .no_internal(image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(

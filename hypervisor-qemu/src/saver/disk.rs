@@ -55,9 +55,22 @@ impl FileView {
         inside.and_then(|inside| identity(&inside)).or_else(|| identity(file))
     }
 
-    /// Returns the images that QEMU has open, whatever their names; `None` if the system does not report it.
-    pub(super) fn open_images(&self) -> Option<HashSet<FileIdentity>> {
+    /// Returns the images that QEMU has open, with their names now, whatever the nodes name; `None` if the
+    /// system does not report it.
+    pub(super) fn open_images(&self) -> Option<HashMap<FileIdentity, PathBuf>> {
         graph::open_images(self.process.as_deref()?).ok()
+    }
+
+    /// Returns those of the images that QEMU has open which no node names.
+    pub(super) fn unnamed(
+        &self,
+        graph: &Graph,
+        mut open: HashMap<FileIdentity, PathBuf>,
+    ) -> HashMap<FileIdentity, PathBuf> {
+        let named = graph.nodes().iter().filter_map(|node| self.identity(&self.file(node)?));
+        let named: HashSet<FileIdentity> = named.collect();
+        open.retain(|file, _| !named.contains(file));
+        open
     }
 
     /// Asks who serves the disk of an NBD node.
@@ -373,10 +386,8 @@ impl AttachedDisk for Disk {
         if files.len() < open.layers.len() {
             // A frozen image may still have the configured path as its name. Its file is one that QEMU has
             // open and no node names.
-            let all = graph.nodes().iter().filter_map(|node| self.view.file(node));
-            let all: HashSet<FileIdentity> = all.filter_map(|file| self.view.identity(&file)).collect();
-            let unnamed = self.view.open_images().unwrap_or_default();
-            files.extend(unnamed.into_iter().filter(|file| !all.contains(file)));
+            let open = self.view.open_images().unwrap_or_default();
+            files.extend(self.view.unnamed(&graph, open).into_keys());
         }
         Ok(files)
     }

@@ -48,7 +48,7 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
         if layer.identity == Some(file) {
             continue;
         }
-        if really_open.as_ref().is_some_and(|open| !open.contains(&file)) {
+        if really_open.as_ref().is_some_and(|open| !open.contains_key(&file)) {
             let detail = format!(
                 "QEMU has another image open at the place of {} in the chain of disk {}: its node {} names {}",
                 named.address,

@@ -94,6 +94,10 @@ pub struct SeenDisk {
     /// general one is reported.
     #[serde(skip)]
     pub if_missing: Option<Obstacle>,
+    /// Set if the running domain has another file open than the one that an image's name leads to now: it
+    /// was moved, or another was put in its place. What is done by name would be done to the wrong file.
+    #[serde(skip)]
+    pub replaced: Option<Obstacle>,
 }
 
 impl SeenDisk {
@@ -108,6 +112,7 @@ impl SeenDisk {
             guest_writes: false,
             member: None,
             no_internal: None,
+            replaced: None,
         }
     }
 }
@@ -118,6 +123,7 @@ setters!(SeenDisk {
     member: Option<Target>,
     no_internal: Option<String>,
     if_missing: Option<Obstacle>,
+    replaced: Option<Obstacle>,
 });
 
 /// Description of a running domain by its hypervisor.

@@ -15,7 +15,7 @@ use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{PowerAfter, SeenDisk};
+use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk};
 use crate::name::{SnapshotName, Target};
 use crate::request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 use crate::shape::Plan;
@@ -114,6 +114,7 @@ impl Planner<'_> {
             }
         }
         self.refuse_lacking(request, &others)?;
+        self.refuse_moved(|target| request.skips(target))?;
         self.refuse_unfit(|target| request.skips(target))?;
         self.with_memory(request)?;
         let mut merged = Merged::default();
@@ -188,7 +189,9 @@ impl Planner<'_> {
         }
         let skips = |target: &Target| request.skip.contains(target);
         self.refuse_skips(wanted, request)?;
-        self.refuse_unfit(|target| wanted.point(target).is_none() || skips(target))?;
+        let is_spared = |target: &Target| wanted.point(target).is_none() || skips(target);
+        self.refuse_moved(is_spared)?;
+        self.refuse_unfit(is_spared)?;
         let mut plans = Vec::new();
         for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
@@ -289,6 +292,24 @@ impl Planner<'_> {
     fn disks_of_others(&self) -> Vec<&SeenDisk> {
         let seen = self.alive.map(|alive| alive.seen.disks.iter());
         seen.into_iter().flatten().filter(|disk| disk.member.is_none()).collect()
+    }
+
+    /// Refuses an action on a disk of which the running domain has other files open than their names lead to.
+    /// The hypervisor would open the wrong file by such a name, and the guest would continue with it.
+    fn refuse_moved(&self, is_spared: impl Fn(&Target) -> bool) -> Result<()> {
+        let seen = self.alive.map(|alive| alive.seen.disks.iter()).into_iter().flatten();
+        for disk in seen {
+            let (Some(member), Some(Obstacle { why, advice })) = (&disk.member, &disk.replaced) else {
+                continue;
+            };
+            if !is_spared(member) {
+                let detail = format!("disk {member} of domain {}: {why}", self.domain.name);
+                return Err(Error::new(ErrorKind::Refused, detail)
+                    .state("no changes made")
+                    .advise(advice.clone()));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses an action that a disk of the running domain does not allow as it is open now. Found out later,
@@ -431,6 +452,10 @@ impl Planner<'_> {
                     .map_or(Ok(()), |member| require_single_tag(disk, &member.point))?;
             }
         }
+        let has_points = |target: &Target| {
+            self.tree.iter().any(|snapshot| doomed.contains(&snapshot.id) && snapshot.point(target).is_some())
+        };
+        self.refuse_moved(|target| !has_points(target))?;
         let mut merged = Merged::default();
         for disk in self.disks {
             self.require_last(disk, doomed)?;

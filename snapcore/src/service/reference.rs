@@ -5,7 +5,7 @@ use camino::Utf8Path;
 use crate::address::DiskAddress;
 use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Control, DomainInfo, SeenDisk};
+use crate::hypervisor::{Control, DomainInfo, Obstacle, SeenDisk};
 use crate::name::{DomainName, Target};
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
@@ -218,8 +218,12 @@ fn split_commas(text: &str) -> Vec<String> {
     parts
 }
 
-/// Refuses an image that has another name here than in its hypervisor.
+/// Refuses an image that has another name here than in its hypervisor, or whose name leads to another file.
 fn require_image(disk: &SeenDisk) -> Result<()> {
+    if let Some(Obstacle { why, advice }) = &disk.replaced {
+        let why = format!("disk {}: {why}", disk.target);
+        return Err(Error::new(ErrorKind::Refused, why).state("no changes made").advise(advice.clone()));
+    }
     let Some(path) = disk.address.local() else { return Ok(()) };
     match path.symlink_metadata() {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {

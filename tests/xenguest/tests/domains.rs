@@ -307,6 +307,7 @@ fn report_pause(log: &str) -> Result<()> {
 fn mixed() -> Result<()> {
     let mut run = Run::start("mixed", &[Backend::Qcow2, Backend::Qcow2, Backend::Lvm, Backend::LvmThin])?;
     let blank = volumes()?;
+    refuses_replaced_images(&run)?;
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--disk", "xvda=internal", "--disk", "xvdb=external"])?;
     let after = run.guest.ticks()?;
@@ -320,6 +321,26 @@ fn mixed() -> Result<()> {
     run.guest.expect_no_bad()?;
     ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
     ensure!(volumes()? == blank, "left behind: {:?}", volumes()?);
+    Ok(())
+}
+
+/// What the names of two disks lead to is replaced, an image that QEMU serves and a volume that the kernel
+/// serves: nothing is done by such a name.
+fn refuses_replaced_images(run: &Run) -> Result<()> {
+    let (image, away) = (run.guest.dir().join("xvda.qcow2"), run.guest.dir().join("away"));
+    fs::rename(&image, &away)?;
+    fs::copy(&away, &image)?;
+    run.refused(&["create", "DOMAIN", "s1"], 3, "moved or replaced")?;
+    fs::rename(&away, &image)?;
+
+    let listed = volumes()?;
+    let volume = listed.iter().find(|name| name.ends_with("-c")).context("no volume of the third disk")?;
+    let lvm = |args: &[&str]| program(&format!("/sbin/{}", args[0]), &args[1..])?.ok();
+    lvm(&["lvrename", "-q", "domsnap", volume, "away"])?;
+    lvm(&["lvcreate", "-qy", "-L", "64M", "-n", volume, "domsnap"])?;
+    run.refused(&["create", "DOMAIN", "s1"], 3, "another device than the one")?;
+    lvm(&["lvremove", "-fq", &format!("domsnap/{volume}")])?;
+    lvm(&["lvrename", "-q", "domsnap", "away", volume])?;
     Ok(())
 }
 
