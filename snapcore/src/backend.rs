@@ -356,8 +356,8 @@ pub trait DiskSnapshotter: Send + Sync {
     }
 
     /// Returns the configured address of the disk to which a layer belongs, if this backend gives such
-    /// addresses to layers. It does not look at what is there. A backend without a scheme gets paths alone, and
-    /// one with a scheme gets addresses of its own.
+    /// addresses to layers. It does not look at what is there. A backend without a scheme gets paths alone,
+    /// and one with a scheme gets addresses of its own.
     fn configured_address(&self, _layer: &DiskAddress) -> Option<DiskAddress> {
         None
     }

@@ -475,3 +475,45 @@ async fn rows_are_known_by_their_identities() {
     assert_eq!(table.service().resolve(&web).await.unwrap().disks.len(), 1);
     table.assert_no_file();
 }
+
+/// Records of memory images in files, and of layers and media, have the same JSON as before images had
+/// addresses: catalogues, journals and manifests of an older domsnap are read.
+#[test]
+fn records_of_files_keep_their_form() {
+    use serde_json::json;
+    use snapcore::hypervisor::{DomainStep, Medium, MemoryPlan, PowerAfter, Restart, RestartSource};
+
+    fn is<T>(value: &T, record: serde_json::Value)
+    where
+        T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug,
+    {
+        assert_eq!(serde_json::to_value(value).unwrap(), record);
+        assert_eq!(serde_json::from_value::<T>(record).unwrap(), *value);
+    }
+
+    let image = || DiskAddress::from("/vm/m");
+    is(&MemoryPoint::new("/vm/m", 7, true), json!({ "file": "/vm/m", "bytes": 7, "running": true }));
+    is(&MemoryPlan::new("/vm/m", true, 5), json!({ "file": "/vm/m", "live": true, "budget_ms": 5 }));
+    is(&DomainStep::CheckMemory { image: image() }, json!({ "do": "check-memory", "file": "/vm/m" }));
+    is(&DomainStep::RemoveMemory { image: image() }, json!({ "do": "remove-memory", "file": "/vm/m" }));
+    is(
+        &DomainStep::SaveMemory { image: image(), tag: "s".to_owned(), compress: 3 },
+        json!({ "do": "save-memory", "file": "/vm/m", "tag": "s", "compress": 3 }),
+    );
+    is(
+        &DomainStep::Continue { memory: Some(image()), reset: false, power: Some(PowerAfter::Running) },
+        json!({ "do": "continue", "memory": "/vm/m", "reset": false, "power": "running" }),
+    );
+    is(
+        &Restart::new(RestartSource::Memory(image()), true),
+        json!({ "from": { "memory": "/vm/m" }, "safety": true, "recreated": false }),
+    );
+    is(
+        &Medium::new("ide1", "raw").address(Some("/vm/cd".into())),
+        json!({ "drive": "ide1", "file": "/vm/cd", "format": "raw" }),
+    );
+    is(
+        &Control::at("a").memory_dir(Some("/vm/memory".into())),
+        json!({ "address": "a", "memory-dir": "/vm/memory" }),
+    );
+}

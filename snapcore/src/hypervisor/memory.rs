@@ -14,9 +14,9 @@ use crate::snapshot::SnapshotId;
 /// The place of a domain's memory images: it names new ones, and knows its own.
 ///
 /// A hypervisor names one for each domain
-/// ([`VmStateSaver::memory_store`](super::VmStateSaver::memory_store)), and reads, checks, measures and removes
-/// the images itself. A [`MemoryDirectory`] keeps them as files. Images elsewhere (in a storage cluster, for
-/// example) have addresses with a scheme, which only the hypervisor reads.
+/// ([`VmStateSaver::memory_store`](super::VmStateSaver::memory_store)), and reads, checks, measures and
+/// removes the images itself. A [`MemoryDirectory`] keeps them as files. Images elsewhere (in a storage
+/// cluster, for example) have addresses with a scheme, which only the hypervisor reads.
 #[async_trait]
 pub trait MemoryStore: Send + Sync + std::fmt::Debug {
     /// The place, for people.

@@ -388,12 +388,12 @@ pub trait VmStateSaver: Send + Sync {
     /// skipped.
     async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>>;
 
-    /// The place of a domain's memory images. If there is none (`None`), the domain has snapshots of its disks
-    /// alone. `beside` is the directory of its manifests, where they are files.
+    /// The place of a domain's memory images. If there is none (`None`), the domain has snapshots of its
+    /// disks alone. `beside` is the directory of its manifests, where they are files.
     ///
     /// By default the place is a directory ([`MemoryDirectory::of`]). A hypervisor that keeps memory images
-    /// elsewhere names another place. It reads all addresses that it has given to images: in the next methods,
-    /// in each [`DomainStep`](super::DomainStep), and in [`StartFromMemory`].
+    /// elsewhere names another place. It reads all addresses that it has given to images: in the next
+    /// methods, in each [`DomainStep`](super::DomainStep), and in [`StartFromMemory`].
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] if the user named a place that is none of this hypervisor.
