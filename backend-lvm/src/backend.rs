@@ -9,6 +9,7 @@ use snapcore::backend::{
     InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Point, PointKind,
     Result, Snapshot, Step, file_identity,
@@ -311,11 +312,12 @@ impl DiskSnapshotter for Lvm {
         .await
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        match Volume::of_path(disk.path()) {
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        let directory = match Volume::of_path(disk.path()) {
             Ok(volume) => self.manifests.join(volume.group).join(format!("{}.domsnap", volume.name)),
             Err(_) => self.manifests.join("unnamed"),
-        }
+        };
+        Arc::new(ManifestDirectory::new(directory))
     }
 
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {

@@ -14,6 +14,7 @@ use snapcore::backend::{
     InspectDepth, Progress, Salvage, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind,
     Result, Snapshot, Step,
@@ -468,12 +469,12 @@ impl DiskSnapshotter for Plugin {
         self.ask(Method::CostOfDelete, &params, |cost| checks::cost(cost)).await
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
         let params = ManifestParams { disk: disk.clone() };
         let check = |path: &Utf8Path| checks::manifest_directory(path, disk.path());
-        self.inner.path(Method::ManifestDirectory, &params, check, || {
+        Arc::new(ManifestDirectory::new(self.inner.path(Method::ManifestDirectory, &params, check, || {
             disk.path().with_file_name(format!("{}.domsnap", disk.path().file_name().unwrap_or("disk")))
-        })
+        })))
     }
 
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{self, ChainStep, Tag};
-use image_files::layer_name::{disk_name, layer_path};
-use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
+use image_files::layer_name::{disk_of_layer, layer_path};
+use image_files::{
+    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, manifests_beside, names, open_files,
+};
 use snapcore::backend::{
     AdviceOn, Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses,
     Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind, Result,
     Snapshot, Step, TagIdentity,
@@ -157,8 +160,8 @@ impl DiskSnapshotter for Qcow2 {
         }
     }
 
-    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
-        Some(layer_file.with_file_name(disk_name(layer_file)))
+    fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
+        disk_of_layer(layer)
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
@@ -279,8 +282,8 @@ impl DiskSnapshotter for Qcow2 {
             .await
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        manifests_beside(disk.path())
     }
 
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {

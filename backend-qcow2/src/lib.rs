@@ -38,8 +38,8 @@ mod tests {
 
     /// A hypervisor may have a disk open by the permanent name of its active layer: it is known by its
     /// configured path, unless that names another file by now.
-    #[test]
-    fn open_layer_is_known_by_its_disk() {
+    #[tokio::test]
+    async fn open_layer_is_known_by_its_disk() {
         let directory = tempfile::tempdir().unwrap();
         let directory = Utf8Path::from_path(directory.path()).unwrap();
         let mut registry = snapcore::Registry::new();
@@ -47,12 +47,17 @@ mod tests {
         let (layer, path) = (directory.join("a.ds-0123abcd.qcow2"), directory.join("a.qcow2"));
         std::fs::write(&layer, "").unwrap();
         std::fs::hard_link(&layer, &path).unwrap();
-        assert_eq!(registry.configured_path(&layer), path);
-        assert_eq!(registry.configured_path(&path), path);
+        let target = snapcore::Target::new("vda").unwrap();
+        let configured = async |open: &camino::Utf8PathBuf| {
+            let address = registry.configured_address(&target, &open.into()).await;
+            address.local().map(Utf8Path::to_owned)
+        };
+        assert_eq!(configured(&layer).await.as_ref(), Some(&path));
+        assert_eq!(configured(&path).await.as_ref(), Some(&path));
         let other = directory.join("b.ds-0123abcd.qcow2");
         std::fs::write(&other, "").unwrap();
-        assert_eq!(registry.configured_path(&other), other);
+        assert_eq!(configured(&other).await.as_ref(), Some(&other));
         std::fs::write(directory.join("b.qcow2"), "").unwrap();
-        assert_eq!(registry.configured_path(&other), other);
+        assert_eq!(configured(&other).await.as_ref(), Some(&other));
     }
 }

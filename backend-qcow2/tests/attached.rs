@@ -390,9 +390,9 @@ async fn hypervisor_merges_open_layers_by_lasting_names() {
     let before: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
 
     fixture.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
-    let run = vec![files[1].clone(), files[2].clone()];
+    let run: Vec<snapcore::DiskAddress> = [1, 2].map(|n: usize| files[n].as_path().into()).to_vec();
     let into = |file: &Utf8PathBuf, string: &LayerName| {
-        let merge = AttachedMerge::new(run.clone(), file).below(Some(files[0].clone()));
+        let merge = AttachedMerge::new(run.clone(), file).below(Some(files[0].as_path().into()));
         merge.string(Some(string.to_string()))
     };
     let expected = into(&files[1], &layers[1]);
@@ -421,7 +421,7 @@ async fn unrecorded_merge_is_the_hypervisors_too() {
     fixture.qemu.open(&[fixture.path(), &fixture.file(&layers[0])]);
     let run = vec![layers[0].clone(), layers[1].clone()];
     fixture.apply(ChainStep::Merge { run, into: layers[0].clone(), below: None }).await.unwrap();
-    assert_eq!(fixture.qemu.the_merge().into, fixture.file(&layers[0]));
+    assert_eq!(fixture.qemu.the_merge().into.path(), fixture.file(&layers[0]));
 }
 
 /// An active image without a name of its own is merged into by the configured path.
@@ -445,7 +445,7 @@ async fn unnamed_active_image_merges_by_configured_path() {
         ChainStep::Merge { run: vec![below.clone(), active.clone()], into: active.clone(), below: None };
     fixture.apply(merge).await.unwrap();
     let asked = fixture.qemu.the_merge();
-    assert_eq!((asked.run, asked.into), (vec![file, fixture.path().to_owned()], fixture.path().to_owned()));
+    assert_eq!((asked.run, asked.into), (vec![file.into(), fixture.path().into()], fixture.path().into()));
     fixture.apply(ChainStep::Repoint { child: active.clone(), to: below }).await.unwrap();
     fixture.apply(ChainStep::DropInternal { layer: active, tags: vec![Tag::new("t")] }).await.unwrap();
     assert_eq!(*held(&fixture.qemu.dropped), ["t"]);

@@ -135,7 +135,7 @@ impl VmStateSaver for Fake {
         Ok(Vec::new())
     }
 
-    async fn check_memory(&self, _: &Utf8Path, _: &dyn Progress) -> Result<()> {
+    async fn check_memory(&self, _: &DiskAddress, _: &dyn Progress) -> Result<()> {
         nothing_is_done()
     }
 
@@ -143,7 +143,7 @@ impl VmStateSaver for Fake {
         nothing_is_done()
     }
 
-    async fn remove_memory(&self, _: &Utf8Path) -> Result<()> {
+    async fn remove_memory(&self, _: &DiskAddress) -> Result<()> {
         nothing_is_done()
     }
 }

@@ -4,8 +4,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
-use image_files::layer_name::{disk_name, layer_path};
+use camino::Utf8PathBuf;
+use image_files::layer_name::{disk_of_layer, layer_path};
 use image_files::{
     DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files, unshared,
 };
@@ -15,6 +15,7 @@ use snapcore::backend::{
     InspectDepth, Layer, Leftover, Progress, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
 };
@@ -75,8 +76,8 @@ impl DiskSnapshotter for Raw {
         Leftover::PlannedAgain
     }
 
-    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
-        Some(layer_file.with_file_name(disk_name(layer_file)))
+    fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
+        disk_of_layer(layer)
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<RawStep>) -> FileUses {
@@ -197,8 +198,8 @@ impl DiskSnapshotter for Raw {
         Ok(DeleteCost::new(frees, 0))
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        layers::manifest_directory(disk)
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        layers::manifests(disk)
     }
 
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {

@@ -2,14 +2,16 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::sync::Arc;
 
 use backend_qcow2::find_dependents;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use image_files::layer_name::{disk_name, is_layer_name, layer_path};
 use image_files::names::{self, io_error};
-use image_files::{FileIds, look_at_path, refused_link, size_at};
+use image_files::{FileIds, look_at_path, manifests_beside, refused_link, size_at};
 use jiff::Timestamp;
 use snapcore::backend::{DiskState, FoundSnapshots, InspectDepth, Layer};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::{Disk, DiskRecord, Error, ErrorKind, LayerName, Point, Result, Snapshot};
 
 /// The name of the active layer. It is the path's own and never changes.
@@ -146,10 +148,11 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
 /// The directory of manifests of devices. No file can lie beside a device.
 const DEVICES: &str = "/var/lib/domsnap/devices";
 
-/// The directory of the disk's manifests.
-pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
+/// The manifests of the domain whose first disk is `disk`.
+pub(crate) fn manifests(disk: &Disk) -> Arc<dyn ManifestStore> {
     if is_device(disk.path()) {
-        return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));
+        let directory = Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));
+        return Arc::new(ManifestDirectory::new(directory));
     }
-    disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
+    manifests_beside(disk.path())
 }

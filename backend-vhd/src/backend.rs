@@ -5,15 +5,17 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{self, ChainStep};
-use image_files::layer_name::{disk_name, layer_path};
+use image_files::layer_name::{disk_of_layer, layer_path};
 use image_files::{
-    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, names, open_files,
+    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, manifests_beside, names,
+    open_files,
 };
 use snapcore::backend::{
     Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
     Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
     TagIdentity,
@@ -138,8 +140,8 @@ impl DiskSnapshotter for VhdFiles {
         Leftover::PlannedAgain
     }
 
-    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
-        Some(layer_file.with_file_name(disk_name(layer_file)))
+    fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
+        disk_of_layer(layer)
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
@@ -252,8 +254,8 @@ impl DiskSnapshotter for VhdFiles {
         chain::cost(&plan, state, |_, _| Ok(0))
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        manifests_beside(disk.path())
     }
 
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use async_trait::async_trait;
 use hypervisor_qemu::Qemu;
 use kit::BOTH;
-use run::{Moves, Run, identity, utf8};
+use run::{Moves, Run, address, identity};
 use snapcore::hypervisor::{
     AttachedMerge, Control, DiskInstant, DomainStep, Inside, PowerAfter, Quiesce, StartFromMemory,
     VmStateSaver,
@@ -36,7 +36,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
             assert!(facts.downtime.is_some_and(|downtime| !downtime.is_zero()));
             let memory = run.dir.join("memory");
             let saved = run
-                .apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
+                .apply(&DomainStep::SaveMemory { image: address(&memory), tag: "s".to_owned(), compress: 0 })
                 .await?;
             assert_eq!(saved.memory_bytes, Some(fs::metadata(&memory)?.len()));
             let reopen = DomainStep::ReopenByName { disks: run.targets.clone() };
@@ -71,7 +71,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
                 let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
                 run.apply(&attach).await?;
                 run.apply(&attach).await?;
-                let memory = (!reset).then(|| utf8(&memory));
+                let memory = (!reset).then(|| address(&memory));
                 let power = (!reset).then_some(PowerAfter::Running);
                 let go_on = DomainStep::Continue { memory, reset, power };
                 let facts = run.apply(&go_on).await?;
@@ -106,12 +106,12 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
         let machine = run.live()?.seen().machine.clone();
         let overlays = vec![run.overlay(0)?, run.overlay(1)?];
         run.take(&run.instant(overlays, Some("memory"))).await?;
-        let memory = utf8(&run.dir.join("memory"));
-        let save = DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned(), compress: 1 };
+        let memory = address(&run.dir.join("memory"));
+        let save = DomainStep::SaveMemory { image: memory.clone(), tag: "s".to_owned(), compress: 1 };
         let saved = run.apply(&save).await?;
         let (stored, full) = (saved.memory_bytes.context("a size")?, saved.memory_full.context("a size")?);
         println!("{version:?}: {stored} bytes of {full}");
-        assert_eq!(stored, fs::metadata(&memory)?.len());
+        assert_eq!(stored, fs::metadata(memory.path())?.len());
         assert!(stored < full / 2, "{stored} of {full}");
         let again = run.apply(&save).await?;
         assert_eq!((again.memory_bytes, again.memory_full), (Some(stored), Some(full)), "it is whole");
@@ -125,7 +125,7 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
         assert_eq!(files(&run)?, 0);
 
         // A changed image is refused while the guest runs.
-        let file = fs::File::options().read(true).write(true).open(&memory)?;
+        let file = fs::File::options().read(true).write(true).open(memory.path())?;
         let mut byte = [0];
         file.read_exact_at(&mut byte, stored / 2)?;
         file.write_all_at(&[byte[0] ^ 8], stored / 2)?;
@@ -185,7 +185,7 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
         run.apply(&off).await?;
         run.disconnect();
         run.saver.remove_memory(&memory).await?;
-        assert!(!memory.exists() && files(&run)? == 0);
+        assert!(!memory.path().exists() && files(&run)? == 0);
     }
     Ok(())
 }
@@ -230,7 +230,7 @@ async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
             };
             run.take_with(&step, &copies).await?;
             let memory = run.dir.join("memory");
-            run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
+            run.apply(&DomainStep::SaveMemory { image: address(&memory), tag: "s".to_owned(), compress: 0 })
                 .await?;
             run.apply(&DomainStep::ReopenByName { disks: vec![run.targets[0].clone()] }).await?;
             run.sound().await?;
@@ -254,7 +254,7 @@ async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
                 run.apply(&DomainStep::Attach { disks: run.targets.clone(), restart: None }).await?;
                 assert_eq!(run.open_files(1).await?, run.files(1));
                 let go_on = DomainStep::Continue {
-                    memory: Some(utf8(&memory)),
+                    memory: Some(address(&memory)),
                     reset: false,
                     power: Some(PowerAfter::Running),
                 };
@@ -283,7 +283,7 @@ async fn cut_is_undone_with_later_writes() -> Result<()> {
             run.take(&step).await?;
             assert_ne!(run.paths(), before, "the paths were moved");
             let save = DomainStep::SaveMemory {
-                file: utf8(&run.dir.join("memory")),
+                image: address(&run.dir.join("memory")),
                 tag: "s".to_owned(),
                 compress: 0,
             };
@@ -348,8 +348,8 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         }
         // Top first: 5 4 3 2 1 0.
         let layers = run.layers[0].clone();
-        let file = |number: usize| utf8(&layers[5 - number]);
-        let string = |number: usize| file(number).file_name().map(str::to_owned);
+        let file = |number: usize| address(&layers[5 - number]);
+        let string = |number: usize| Some(file(number).name().to_owned());
         let target = run.targets[0].clone();
         let never = CancellationToken::new();
         let quiet = run::Quiet;
@@ -447,8 +447,9 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         let overlays = vec![run.overlay(0)?, run.overlay(1)?];
         let step = run.instant(overlays, Some("memory"));
         run.take(&step).await?;
-        let memory = utf8(&run.dir.join("memory"));
-        run.apply(&DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned(), compress: 0 }).await?;
+        let memory = address(&run.dir.join("memory"));
+        run.apply(&DomainStep::SaveMemory { image: memory.clone(), tag: "s".to_owned(), compress: 0 })
+            .await?;
         run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
         run.guest.wait_ticks(30)?;
         let then = run.guest.ticks()?;

@@ -111,7 +111,7 @@ pub(crate) async fn take(
     // 3) Cut the disks before the guest runs: it has executed nothing since its memory was saved.
     if let Err(error) = cut(live, &step, context).await {
         if let Some(memory) = step.memory {
-            memory::remove_file(&memory::part_of(&memory.file))?;
+            memory::remove_file(&memory::part_of(memory.image.require_path()?))?;
         }
         return Err(match ran {
             true => resume_after(live, error).await,
@@ -136,7 +136,7 @@ pub(crate) async fn take(
 }
 
 async fn save(live: &XenDomain, plan: &MemoryPlan) -> Result<()> {
-    let file = plan.file.clone();
+    let file = plan.image.require_path()?.to_owned();
     let part = blocking(move || {
         if let Some(directory) = file.parent() {
             confined_files::Directory::make_all(directory.as_std_path(), 0o700).map_err(|cause| {
@@ -211,7 +211,7 @@ pub(crate) async fn undo(live: &XenDomain, step: CutStep<'_>, context: DomainCon
     // 1) Wait for the save, then wake the guest: a killed save left it suspended. 2) Only then remove the
     //    file, which `xl` had open.
     if let Some(memory) = step.memory {
-        let part = memory::part_of(&memory.file);
+        let part = memory::part_of(memory.image.require_path()?);
         await_save(part.as_str()).await?;
         wake(live).await?;
         memory::remove_file(&part)?;

@@ -315,16 +315,16 @@ impl LiveDomain for XenDomain {
 
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
         match step {
-            DomainStep::CheckMemory { file } => {
-                check_memory(file, context.progress).await.map(|()| StepOutcome::default())
+            DomainStep::CheckMemory { image } => {
+                check_memory(image, context.progress).await.map(|()| StepOutcome::default())
             }
             DomainStep::Instant { .. } => match instant(step) {
                 Some(step) => cut::take(self, step, context).await,
                 None => Ok(StepOutcome::default()),
             },
-            DomainStep::SaveMemory { file, compress, .. } => {
+            DomainStep::SaveMemory { image, compress, .. } => {
+                let path = image.require_path()?.to_owned();
                 let running = self.saved_running.lock().await.take().unwrap_or(true);
-                let path = file.clone();
                 let bytes = blocking(move || memory::seal(&path, running, &Silent)).await?;
                 context.progress.bytes(bytes, bytes);
                 let mut facts = StepOutcome::default().memory_bytes(Some(bytes));
@@ -348,7 +348,7 @@ impl LiveDomain for XenDomain {
             DomainStep::Continue { .. } => section::finish(self, step, context).await,
             // A domain is created again with the media of its configuration.
             DomainStep::Media { .. } => Ok(StepOutcome::default()),
-            DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| StepOutcome::default()),
+            DomainStep::RemoveMemory { image } => remove_memory(image).await.map(|()| StepOutcome::default()),
         }
     }
 
@@ -358,7 +358,7 @@ impl LiveDomain for XenDomain {
                 Some(step) => cut::undo(self, step, context).await,
                 None => Ok(()),
             },
-            DomainStep::SaveMemory { file, .. } => remove_memory(file).await,
+            DomainStep::SaveMemory { image, .. } => remove_memory(image).await,
             DomainStep::Detach { .. } => section::undo_open(self, step, context).await,
             DomainStep::Attach { .. } => section::undo_attach(self, step, context).await,
             // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps

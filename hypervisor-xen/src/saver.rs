@@ -3,13 +3,13 @@
 use std::{collections::HashSet, sync::Arc};
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{
-    Control, DomainInfo, GuestChange, HypervisorProfile, LiveDomain, PowerAfter, StartFromMemory,
-    StartedDomain, StepOutcome, VmStateSaver,
+    Control, DomainInfo, GuestChange, HypervisorProfile, LiveDomain, MemoryDirectory, PowerAfter,
+    StartFromMemory, StartedDomain, StepOutcome, VmStateSaver,
 };
-use snapcore::{Domain, Error, ErrorKind, FileIdentity, Hypervisor, Registry, Result};
+use snapcore::{DiskAddress, DiskIdentity, Domain, Error, ErrorKind, Hypervisor, Registry, Result};
 
 use crate::{
     cut, describe, list,
@@ -47,8 +47,9 @@ impl VmStateSaver for Xen {
             return Err(Error::new(ErrorKind::Usage, format!("{name:?} is not a name of a Xen domain"))
                 .advise("give the name that `xl list` shows after 'xen:'"));
         }
-        let from_directory = |path: &Option<Utf8PathBuf>| path.as_ref().map(|path| directory.join(path));
-        let (memory_dir, config) = (from_directory(&control.memory_dir), from_directory(&control.config));
+        let memory_dir = control.memory_dir.as_ref();
+        let memory_dir = memory_dir.map(|named| MemoryDirectory::read(named, directory)).transpose()?;
+        let config = control.config.as_ref().map(|path| directory.join(path));
         Ok(control.memory_dir(memory_dir).config(config))
     }
 
@@ -125,15 +126,16 @@ impl VmStateSaver for Xen {
         Ok(found)
     }
 
-    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
-        check_memory(file, progress).await
+    async fn check_memory(&self, image: &DiskAddress, progress: &dyn Progress) -> Result<()> {
+        check_memory(image, progress).await
     }
 
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         let xl = Xl::expect()?;
-        let running = memory::read_record(start.file)?.running;
+        let file = start.image.require_path()?;
+        let running = memory::read_record(file)?.running;
         let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
-        section::restore_domain(&xl, start.file, None, !goes_on).await?;
+        section::restore_domain(&xl, file, None, !goes_on).await?;
         let name = start.domain.control.as_ref().map(|control| control.address.as_str()).unwrap_or_default();
         // The domain is started: a failure to read its number is no error.
         let row = list::row_of(&xl, name).await.ok().flatten();
@@ -162,20 +164,27 @@ impl VmStateSaver for Xen {
         hypervisor_qemu::Qemu::new().tidy_at_rest(domain);
     }
 
-    async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
-        remove_memory(file).await
+    async fn remove_memory(&self, image: &DiskAddress) -> Result<()> {
+        remove_memory(image).await
     }
 
-    async fn open_without_lock(&self, files: &HashSet<FileIdentity>) -> Result<Vec<(FileIdentity, String)>> {
+    async fn open_without_lock(&self, images: &HashSet<DiskIdentity>) -> Result<Vec<(DiskIdentity, String)>> {
         if Xl::find().is_none() {
             return Ok(Vec::new());
         }
-        let files = files.clone();
-        blocking(move || Ok(users::open_without_lock(&files))).await
+        // The files of this machine are all that is found in tables of its kernel.
+        let files = images.iter().filter_map(|image| match image {
+            DiskIdentity::Inode(file) => Some(*file),
+            _ => None,
+        });
+        let files: HashSet<_> = files.collect();
+        let found = blocking(move || Ok(users::open_without_lock(&files))).await?;
+        Ok(found.into_iter().map(|(file, user)| (DiskIdentity::Inode(file), user)).collect())
     }
 }
 
-pub(crate) async fn check_memory(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+pub(crate) async fn check_memory(image: &DiskAddress, progress: &dyn Progress) -> Result<()> {
+    let file = image.require_path()?;
     let path = file.to_owned();
     blocking(move || memory::check(&path, &Silent)).await?;
     let length = std::fs::metadata(file).map_or(0, |about| about.len());
@@ -183,8 +192,8 @@ pub(crate) async fn check_memory(file: &Utf8Path, progress: &dyn Progress) -> Re
     Ok(())
 }
 
-pub(crate) async fn remove_memory(file: &Utf8Path) -> Result<()> {
-    let path = file.to_owned();
+pub(crate) async fn remove_memory(image: &DiskAddress) -> Result<()> {
+    let path = image.require_path()?.to_owned();
     blocking(move || memory::remove(&path)).await
 }
 

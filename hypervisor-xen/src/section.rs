@@ -35,7 +35,7 @@ use snapcore::hypervisor::{
     Control, DomainContext, DomainInfo, DomainStep, GuestChange, PowerAfter, Restart, RestartSource,
     SeenDisk, StartedDomain, StepOutcome,
 };
-use snapcore::{Domain, Error, ErrorKind, FileIdentity, Result, file_identity};
+use snapcore::{DiskAddress, Domain, Error, ErrorKind, FileIdentity, Result, file_identity};
 
 use crate::{
     cut::{self, refuse_suspended},
@@ -69,7 +69,8 @@ impl NotePaths {
     pub(crate) fn of(domain: &Domain, control: &Control) -> Self {
         let beside =
             || domain.disks.first().and_then(|record| record.disk.path().parent()).map(Utf8Path::to_owned);
-        let directory = control.memory_dir.clone().or_else(beside).unwrap_or_else(|| "/var/lib/xen".into());
+        let named = control.memory_dir.as_ref().and_then(DiskAddress::local).map(Utf8Path::to_owned);
+        let directory = named.or_else(beside).unwrap_or_else(|| "/var/lib/xen".into());
         let name = domain.name.as_str();
         Self {
             note: directory.join(format!("{name}.domsnap-revert")),
@@ -384,7 +385,9 @@ pub(crate) async fn attach(live: &XenDomain, step: &DomainStep, context: DomainC
     }
     match &restart.from {
         RestartSource::Off => Ok(()),
-        RestartSource::Memory(file) => restore(live, file, restart.config.as_deref(), true).await,
+        RestartSource::Memory(image) => {
+            restore(live, image.require_path()?, restart.config.as_deref(), true).await
+        }
         RestartSource::Boot => create(live, restart.config.as_deref()).await,
     }
 }
@@ -566,7 +569,7 @@ pub(crate) async fn finish(
         }
         (Some(_), ..) => {}
         // It is gone since: the host was restarted, or another program has destroyed it.
-        (None, Some(file), _) => restore(live, file, None, true).await?,
+        (None, Some(image), _) => restore(live, image.require_path()?, None, true).await?,
         (None, None, _) => create(live, None).await?,
     }
     if *power == Some(PowerAfter::Running) {

@@ -49,21 +49,23 @@ pub async fn merge_attached(
     for layer in run {
         let file = file(layer)?;
         any_open |= file_id(&file)?.is_some_and(|id| open.contains(&id));
-        files.push(file);
+        files.push(file.into());
     }
     // If the merge was done before and only not recorded, the hypervisor has only the receiving image open,
     // and reports that.
     if !any_open {
         return Ok(false);
     }
-    let merge = AttachedMerge::new(files, file(into)?).below(below.map(file).transpose()?).string(string);
-    names::require_own_names(&merge.into, path)?;
+    let into_file = file(into)?;
+    let below = below.map(file).transpose()?.map(Into::into);
+    let merge = AttachedMerge::new(files, &into_file).below(below).string(string);
+    names::require_own_names(&into_file, path)?;
     let top = run.last().filter(|top| **top == context.disk.active && *top != into);
     match top.map(|top| layer_path(path, top)) {
         // With `--active-path=new` the path is the layer's own name and different after each change: it is
         // not moved.
         Some(from) if from != path => {
-            let pivot = Pivot { inside: context.inside, path: path.to_owned(), from, to: merge.into.clone() };
+            let pivot = Pivot { inside: context.inside, path: path.to_owned(), from, to: into_file };
             // A crash came after the move. The guest's writes wait for the end of the merge, so it must not
             // be cancelled.
             let never_cancelled = CancellationToken::new();

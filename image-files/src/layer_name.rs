@@ -1,7 +1,7 @@
 //! The names of layers' files.
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::LayerName;
+use snapcore::{DiskAddress, LayerName};
 
 /// The permanent name for a layer of the disk at `path`: `<stem>.ds-<8 hex>.<extension>`.
 pub fn layer_name(path: &Utf8Path, stamp: u32) -> LayerName {
@@ -29,6 +29,12 @@ pub fn disk_name(path: &Utf8Path) -> String {
         Some(extension) => format!("{}.{extension}", unmarked_stem(path)),
         None => unmarked_stem(path).to_owned(),
     }
+}
+
+/// The configured address of the disk to whose layers this one belongs by its name. It does not look at the
+/// files.
+pub fn disk_of_layer(layer: &DiskAddress) -> Option<DiskAddress> {
+    layer.local().map(|path| path.with_file_name(disk_name(path)).into())
 }
 
 fn unmarked_stem(path: &Utf8Path) -> &str {

@@ -13,6 +13,7 @@
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
 //! | `file_steps`, `salvage` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
+//! | `manifests` | the directory of manifests beside a disk |
 //! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
@@ -30,6 +31,7 @@ pub mod layer_name;
 pub mod layers;
 mod lock;
 mod luks;
+mod manifests;
 pub mod names;
 mod salvage;
 mod size;
@@ -44,4 +46,5 @@ pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use lock::{LockError, LockMode, is_locked, lock};
 pub use luks::is_luks;
+pub use manifests::manifests_beside;
 pub use size::{size_at, size_of};

@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use snapcore::hypervisor::{Control, PowerAfter, Quiesce};
 use snapcore::service::CreateDisk;
 use snapcore::service::{DomainRef, GivenImage};
-use snapcore::{ActivePath, DomainName, LayerName, PointKind, SnapshotName, Target};
+use snapcore::{ActivePath, DiskAddress, DomainName, LayerName, PointKind, SnapshotName, Target};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -377,7 +377,7 @@ pub struct DomainAdd {
     pub agent: Option<String>,
     /// Directory of memory images [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
-    pub memory_dir: Option<Utf8PathBuf>,
+    pub memory_dir: Option<DiskAddress>,
     /// Compress memory images: 1 (fast) to 19 (small) [default: not] [default level: 1]
     #[arg(long, value_name = "LEVEL", requires = "run-by", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(Control::MAX_COMPRESSION)))]

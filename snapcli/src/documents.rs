@@ -222,6 +222,9 @@ pub struct ShowDoc {
     pub delete: Vec<DeleteDoc>,
     /// The machine that it was taken on, in a line; null where the domain did not run.
     pub machine: Option<String>,
+    /// Set if its memory image does not exist any more; shown as text only.
+    #[serde(skip)]
+    pub memory_gone: bool,
     /// State that the guest can write and that is only in the snapshot's memory: firmware variables, a TPM,
     /// files of the host's that are memory to it.
     pub outside: Vec<String>,

@@ -4,7 +4,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
 use snapcore::hypervisor::Control;
 use snapcore::service::DomainSpec;
-use snapcore::{ActivePath, Disk, DomainName, Error, ErrorKind, Hypervisor, Registry, Result};
+use snapcore::{ActivePath, Disk, DiskAddress, DomainName, Error, ErrorKind, Hypervisor, Registry, Result};
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
 /// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a
@@ -31,7 +31,7 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Reach {
         agent: Option<Utf8PathBuf>,
-        memory_dir: Option<Utf8PathBuf>,
+        memory_dir: Option<DiskAddress>,
         #[serde(default)]
         start: Vec<String>,
         compress: Option<u8>,

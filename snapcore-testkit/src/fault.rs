@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use snapcore::backend::{
     AnyDiskSnapshotter, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding,
@@ -14,6 +13,7 @@ use snapcore::backend::{
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::catalogue::{Operation, OperationId};
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, DomainName, Error, ErrorKind, LayerName, Point, Result,
     Snapshot, Step,
@@ -268,9 +268,6 @@ impl DiskSnapshotter for FaultyBackend {
     async fn has_layer(&self, disk: &DiskRecord, layer: &LayerName) -> Result<bool> {
         self.inner.has_layer(disk, layer).await
     }
-    fn manifests(&self, disk: &Disk) -> Arc<dyn snapcore::manifest::ManifestStore> {
-        self.inner.manifests(disk)
-    }
     fn advice(&self, disk: &DiskRecord, on: snapcore::backend::AdviceOn<'_>) -> Option<String> {
         self.inner.advice(disk, on)
     }
@@ -283,8 +280,8 @@ impl DiskSnapshotter for FaultyBackend {
     fn leftover(&self, disk: &DiskRecord, step: &Step) -> snapcore::backend::Leftover {
         self.inner.leftover(disk, step)
     }
-    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
-        self.inner.configured_path(layer_file)
+    fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
+        self.inner.configured_address(layer)
     }
     fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::backend::FileUses {
         self.inner.uses(disk, step)
@@ -398,8 +395,8 @@ impl DiskSnapshotter for FaultyBackend {
         self.inner.is_gone(disk).await
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        self.inner.manifest_directory(disk)
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        self.inner.manifests(disk)
     }
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
         self.inner.layer_address(disk, layer)

@@ -14,7 +14,9 @@ use snapcore::hypervisor::{
     Control, DiskInstant, DomainContext, DomainInfo, DomainStep, GuestChange, Inside, LiveDomain, MemoryPlan,
     OpenChain, OpenLayer, PowerAfter, Quiesce, StepOutcome, VmStateSaver,
 };
-use snapcore::{Disk, DiskRecord, Domain, DomainName, ErrorKind, FileIdentity, LayerName, Target};
+use snapcore::{
+    Disk, DiskAddress, DiskRecord, Domain, DomainName, ErrorKind, FileIdentity, LayerName, SnapshotId, Target,
+};
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
 
@@ -33,7 +35,8 @@ pub trait TestMachine {
     /// An address of the right form at which nothing runs.
     fn nowhere(&self) -> String;
 
-    /// Where memory images may be made.
+    /// A directory for its files. Memory images are in the place that the hypervisor names for a domain whose
+    /// manifests are in this directory.
     fn memory_dir(&self) -> &Utf8Path;
 }
 
@@ -165,9 +168,9 @@ impl Fixture {
     }
 
     /// The instant of a snapshot whose disks the backends take.
-    fn instant(&self, memory: Option<&Utf8Path>) -> DomainStep {
+    fn instant(&self, memory: Option<&DiskAddress>) -> DomainStep {
         let live = self.saver.profile().saves_while_running;
-        let plan = |file: &Utf8Path| MemoryPlan::new(file, live, 20_000);
+        let plan = |image: &DiskAddress| MemoryPlan::new(image.clone(), live, 20_000);
         DomainStep::Instant {
             disks: self.targets.iter().map(|target| (target.clone(), DiskInstant::ByBackend)).collect(),
             running: true,
@@ -263,39 +266,53 @@ async fn failed_inside(machine: &dyn TestMachine) -> Result<()> {
 
 async fn memory(machine: &dyn TestMachine) -> Result<()> {
     let fixture = Fixture::new(machine)?;
-    let file = machine.memory_dir().join("test.memory");
-    let missing = fixture.saver.check_memory(&file, &Quiet).await;
+    let store = fixture.saver.memory_store(&fixture.domain, Some(machine.memory_dir()))?;
+    let store = store.context("it has no place for memory images")?;
+    let (snapshot, other) = (SnapshotId::fresh(), SnapshotId::fresh());
+    let image = store.address_of(snapshot);
+    ensure!(image == store.address_of(snapshot) && image != store.address_of(other), "{image} is not unique");
+    ensure!(image.check().is_ok() && store.holds(&image), "{image} is not in {}", store.place());
+    ensure!(!store.holds(&"/nowhere/of/another.memory".into()), "an image elsewhere is in {}", store.place());
+    store.preflight().await?;
+    for _ in 0..2 {
+        store.prepare().await?;
+    }
+    ensure!(fixture.saver.memory_size(&image).await?.is_none(), "{image} exists already");
+    let foreign = fixture.saver.memory_size(&"unknown-scheme:image".into()).await;
+    ensure!(foreign.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported), "{foreign:?}");
+    let missing = fixture.saver.check_memory(&image, &Quiet).await;
     ensure!(missing.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{missing:?}");
     // One connection writes what was begun at the instant.
     let (live, inside, cancel) = (fixture.connect().await?, Counted::default(), CancellationToken::new());
-    live.apply(&fixture.instant(Some(&file)), fixture.context(&inside, &cancel)).await?;
-    let save = DomainStep::SaveMemory { file: file.clone(), tag: "test".to_owned(), compress: 0 };
+    live.apply(&fixture.instant(Some(&image)), fixture.context(&inside, &cancel)).await?;
+    let save = DomainStep::SaveMemory { image: image.clone(), tag: "test".to_owned(), compress: 0 };
     let saved = live.apply(&save, fixture.context(&inside, &cancel)).await?;
     drop(live);
-    let length = file.metadata()?.len();
+    let length = fixture.saver.memory_size(&image).await?.with_context(|| format!("{image} is not there"))?;
     ensure!(saved.memory_bytes.is_some_and(|bytes| 0 < bytes && bytes <= length), "{saved:?} of {length}");
-    fixture.saver.check_memory(&file, &Quiet).await?;
-    fixture.saver.release_memory(&file).await?;
-    let cut = machine.memory_dir().join("cut.memory");
-    std::fs::write(&cut, &std::fs::read(&file)?[..usize::try_from(length)? / 2])?;
-    let damaged = fixture.saver.check_memory(&cut, &Quiet).await;
-    ensure!(damaged.as_ref().is_err_and(|error| error.kind() == ErrorKind::Corrupt), "{damaged:?}");
+    fixture.saver.check_memory(&image, &Quiet).await?;
+    fixture.saver.release_memory(&image).await?;
+    if let (Some(file), Some(cut)) = (image.local(), store.address_of(other).local()) {
+        std::fs::write(cut, &std::fs::read(file)?[..usize::try_from(length)? / 2])?;
+        let damaged = fixture.saver.check_memory(&cut.into(), &Quiet).await;
+        ensure!(damaged.as_ref().is_err_and(|error| error.kind() == ErrorKind::Corrupt), "{damaged:?}");
+    }
     if !fixture.saver.profile().recreates {
         let disks = fixture.targets.clone();
-        fixture.apply(&DomainStep::CheckMemory { file: file.clone() }, &Counted::default()).await?;
+        fixture.apply(&DomainStep::CheckMemory { image: image.clone() }, &Counted::default()).await?;
         let section = DomainStep::Detach { disks: disks.clone(), running: true, restart: None };
         fixture.apply(&section, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
         fixture.apply(&DomainStep::Attach { disks, restart: None }, &Counted::default()).await?;
         let power = Some(PowerAfter::Running);
-        let go_on = DomainStep::Continue { memory: Some(file.clone()), reset: false, power };
+        let go_on = DomainStep::Continue { memory: Some(image.clone()), reset: false, power };
         let facts = fixture.apply(&go_on, &Counted::default()).await?;
         ensure!(facts.guest == Some(GuestChange::Restored), "{facts:?}");
         ensure!(fixture.seen().await?.running, "the guest goes on");
     }
     for _ in 0..2 {
-        fixture.saver.remove_memory(&file).await?;
-        ensure!(!file.exists(), "it was removed");
+        fixture.saver.remove_memory(&image).await?;
+        ensure!(fixture.saver.memory_size(&image).await?.is_none(), "it was removed");
     }
     Ok(())
 }

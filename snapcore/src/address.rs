@@ -1,9 +1,9 @@
-//! Address and identity of a disk.
+//! Address and identity of a disk, and the address of a memory image.
 //!
 //! An address is a text. A disk of this machine has the absolute path of a file or of a block device. Any
 //! other has `SCHEME:TEXT`, which the backend of that scheme alone can read
 //! ([`DiskSnapshotter::scheme`](crate::backend::DiskSnapshotter::scheme)): nothing else takes it apart, and
-//! no file is looked for by it.
+//! no file is looked for by it. The same holds for a memory image, whose address its hypervisor reads.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
@@ -11,10 +11,12 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Disk;
+use crate::error::{Error, ErrorKind, Result};
 use crate::service::file_id;
 use crate::state::Layer;
 
-/// The address of a disk, or of one of its layers: a path on this machine, or `SCHEME:TEXT`.
+/// The address of a disk, of one of its layers, or of a memory image: a path on this machine, or
+/// `SCHEME:TEXT`.
 ///
 /// ```
 /// use snapcore::DiskAddress;
@@ -51,6 +53,16 @@ impl DiskAddress {
     /// below which nothing can exist.
     pub fn path(&self) -> &Utf8Path {
         self.local().unwrap_or(Utf8Path::new(NO_FILE))
+    }
+
+    /// The path, for code that works on files and must refuse everything else.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for an address with a scheme.
+    pub fn require_path(&self) -> Result<&Utf8Path> {
+        self.local().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("{self} is no file or block device of this machine"))
+        })
     }
 
     /// The address as text.

@@ -13,7 +13,7 @@ use crate::address::{DiskAddress, DiskIdentity};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, Inside, OpenLayer};
-use crate::manifest::{ManifestDirectory, ManifestStore};
+use crate::manifest::ManifestStore;
 use crate::name::LayerName;
 use crate::snapshot::{Point, PointKind, Snapshot};
 use crate::state::TagIdentity;
@@ -355,9 +355,10 @@ pub trait DiskSnapshotter: Send + Sync {
         open_format == Some(self.format())
     }
 
-    /// Returns the configured path of the disk to which a layer's file belongs, if the file has a name that
-    /// this backend gives to layers. It does not access the file system.
-    fn configured_path(&self, _layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+    /// Returns the configured address of the disk to which a layer belongs, if this backend gives such
+    /// addresses to layers. It does not look at what is there. A backend without a scheme gets paths alone,
+    /// and one with a scheme gets addresses of its own.
+    fn configured_address(&self, _layer: &DiskAddress) -> Option<DiskAddress> {
         None
     }
 
@@ -509,14 +510,9 @@ pub trait DiskSnapshotter: Send + Sync {
         Ok(disk.disk.local().is_some_and(is_gone_file) && !layers.any(exists))
     }
 
-    /// The directory of the manifests: beside the disk's data.
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf;
-
-    /// The manifests of the domain whose first disk is `disk`: files in
-    /// [`DiskSnapshotter::manifest_directory`], unless the backend has a store of its own.
-    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
-        Arc::new(ManifestDirectory::new(self.manifest_directory(disk)))
-    }
+    /// The manifests of the domain whose first disk is `disk`, beside the disk's data: files in a directory
+    /// ([`crate::manifest::ManifestDirectory`]), or a store of the backend's own.
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore>;
 
     /// The address by which a layer opens, for people and tools.
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress;

@@ -45,7 +45,7 @@ impl Snapshot {
             check_layer(&member.point.layer)?;
         }
         match &self.memory {
-            Some(memory) => check_path(&memory.file),
+            Some(memory) => memory.image.check(),
             None => Ok(()),
         }
     }

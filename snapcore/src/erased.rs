@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -102,8 +101,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
         self.inner.recognises(address, open_format)
     }
-    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
-        self.inner.configured_path(layer_file)
+    fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
+        self.inner.configured_address(layer)
     }
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
         self.inner.adopt(disk, active_path).await
@@ -192,9 +191,6 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         self.inner.is_gone(disk).await
-    }
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        self.inner.manifest_directory(disk)
     }
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
         self.inner.layer_address(disk, layer)

@@ -3,14 +3,15 @@
 
 use std::sync::Arc;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
-use crate::address::{DiskAddress, file_identity};
+use crate::address::DiskAddress;
 use crate::backend::DiskSnapshotter;
-use crate::domain::{Disk, Hypervisor};
+use crate::domain::{Disk, Domain, Hypervisor};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::VmStateSaver;
+use crate::hypervisor::{MemoryDirectory, MemoryStore, VmStateSaver};
+use crate::name::Target;
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
 /// that are given by their path alone.
@@ -122,15 +123,23 @@ impl Registry {
         self.iter().find(|backend| backend.scheme() == Some(scheme))
     }
 
-    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`,
-    /// perhaps by the permanent name of a layer. It differs from `open` only where both name the same file
-    /// now.
-    pub fn configured_path(&self, open: &Utf8Path) -> Utf8PathBuf {
-        let id = |path: &Utf8Path| path.metadata().ok().map(|found| file_identity(&found));
-        let is_same = |path: &Utf8PathBuf| id(path).is_some_and(|found| id(open) == Some(found));
-        self.iter()
-            .find_map(|backend| backend.configured_path(open).filter(is_same))
-            .unwrap_or_else(|| open.to_owned())
+    /// The address that a domain's configuration has for the disk `target`, which its hypervisor has open as
+    /// `open`, perhaps by the permanent name of a layer. It differs from `open` only where both are the same
+    /// image now.
+    pub async fn configured_address(&self, target: &Target, open: &DiskAddress) -> DiskAddress {
+        let scheme = open.named().map(|(scheme, _)| scheme);
+        for backend in self.iter().filter(|backend| backend.scheme() == scheme) {
+            let Some(configured) = backend.configured_address(open) else { continue };
+            let disk = |address: &DiskAddress| Disk::new(target.clone(), address.clone(), backend.format());
+            let (its, ours) =
+                (backend.identity(&disk(open)).await, backend.identity(&disk(&configured)).await);
+            if let (Ok(Some(its)), Ok(Some(ours))) = (its, ours)
+                && its == ours
+            {
+                return configured;
+            }
+        }
+        open.clone()
     }
 
     /// The format of images that are given by their path alone: the first that was registered.
@@ -173,6 +182,27 @@ impl Registry {
     /// All hypervisors, in the order of their registration.
     pub fn hypervisors(&self) -> impl Iterator<Item = &dyn VmStateSaver> {
         self.hypervisors.iter().map(Arc::as_ref)
+    }
+
+    /// The place of a domain's memory images ([`VmStateSaver::memory_store`]). Those of a domain that no
+    /// hypervisor of this program runs are files.
+    pub(crate) fn memory_store(
+        &self,
+        domain: &Domain,
+        beside: Option<&Utf8Path>,
+    ) -> Result<Option<Arc<dyn MemoryStore>>> {
+        match self.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.memory_store(domain, beside),
+            Err(_) => MemoryDirectory::of(domain, beside),
+        }
+    }
+
+    /// The size of a memory image of a domain ([`VmStateSaver::memory_size`]).
+    pub(crate) async fn memory_size(&self, domain: &Domain, image: &DiskAddress) -> Result<Option<u64>> {
+        match self.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.memory_size(image).await,
+            Err(_) => MemoryDirectory::size(image),
+        }
     }
 
     /// The processes of all backends.

@@ -2,11 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 
-use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::address::DiskAddress;
 use crate::domain::DiskRecord;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{LayerName, SnapshotName, Target};
@@ -139,9 +139,10 @@ impl DiskPoint {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct MemoryPoint {
-    /// The memory image, absolute.
+    /// The address of the memory image; a path is absolute.
+    #[serde(rename = "file")]
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub image: DiskAddress,
     /// Its size, in bytes.
     pub bytes: u64,
     /// Uncompressed size of a compressed image, in bytes.
@@ -153,8 +154,8 @@ pub struct MemoryPoint {
 
 impl MemoryPoint {
     /// Makes the memory of a snapshot, in an image that is not compressed.
-    pub fn new(file: impl Into<Utf8PathBuf>, bytes: u64, running: bool) -> Self {
-        Self { file: file.into(), bytes, running, full: None }
+    pub fn new(image: impl Into<DiskAddress>, bytes: u64, running: bool) -> Self {
+        Self { image: image.into(), bytes, running, full: None }
     }
 }
 

@@ -1,5 +1,6 @@
-//! Tests of disks that are no files: rows of a table in memory, at addresses that only their backend reads.
-//! All features of a domain of files work with them, and no local file is made or read.
+//! Tests of disks and memory images that are no files: rows of tables in memory, at addresses that only their
+//! backend and their hypervisor read. All features of a domain of files work with them, and no local file is
+//! made or read.
 
 mod fake;
 #[path = "fake/running.rs"]
@@ -10,13 +11,16 @@ use std::sync::Arc;
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use fake::{FakeBackend, FakeDisk, Fault, How, When};
-use running::RowMachine;
+use running::{MEMORY_BYTES, MemoryRow, RowMachine};
 use snapcore::backend::Capabilities;
 use snapcore::hypervisor::Control;
 use snapcore::service::*;
 use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
+
+/// The disks of the machine that runs on rows.
+const ROWS: [(&str, &str); 2] = [("vda", "table:web/root"), ("vdb", "table:web/data")];
 
 /// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has none of
 /// their files.
@@ -32,6 +36,33 @@ impl Table {
             backend.disks().insert(row.into(), FakeDisk { data: 1, ..FakeDisk::default() });
         }
         Self { directory: tempfile::tempdir().unwrap(), backend }
+    }
+
+    /// A table whose backend takes snapshots while the domain runs.
+    fn running() -> Self {
+        let mut table = Self::new();
+        table.backend.declared = Some(Capabilities::new(PointKind::Internal, 1).live());
+        table
+    }
+
+    /// Registers the domain that a machine runs.
+    async fn add_running(&self, machine: &RowMachine, memory_dir: Option<&str>) -> DomainRef {
+        let control = Control::at("web").memory_dir(memory_dir.map(Into::into));
+        let spec = self.spec(&ROWS.map(|(_, address)| address)).run_by(RowMachine::NAME, control);
+        self.service_with(Some(machine)).domain_add(&spec).await.unwrap();
+        DomainRef::parse("web").unwrap()
+    }
+
+    /// Makes the guest write the same number to its disks and its memory.
+    fn write_all(&self, machine: &RowMachine, number: u64) {
+        self.write(number);
+        machine.write(number);
+    }
+
+    /// Checks that memory and disks are of one instant, and that the guest runs.
+    fn assert_all_are(&self, machine: &RowMachine, number: u64) {
+        assert_eq!((self.data(), machine.guest()), (vec![number; 2], number));
+        assert!(machine.exists() && machine.is_running() && machine.is_attached());
     }
 
     fn root(&self) -> &Utf8Path {
@@ -144,7 +175,7 @@ fn a_killed_operation_on_rows_is_recovered() {
                 () = backend.applies.stopped.notified() => {}
             }
         });
-        runtime.shutdown_background();
+        runtime.shutdown_timeout(std::time::Duration::from_secs(60));
         table.backend = table.backend.after_a_crash();
         started().block_on(async {
             let reports = table.service().recover(Some(&web), go()).await.unwrap();
@@ -165,11 +196,9 @@ fn a_killed_operation_on_rows_is_recovered() {
 async fn a_running_domain_of_rows_has_snapshots() {
     let mut table = Table::new();
     table.backend.declared = Some(Capabilities::new(PointKind::Internal, 1).live());
-    let machine = RowMachine::new(&[("vda", "table:web/root"), ("vdb", "table:web/data")]);
+    let machine = RowMachine::without_table(&ROWS);
     let service = table.service_with(Some(&machine));
-    let spec = table.spec(&["table:web/root", "table:web/data"]);
-    service.domain_add(&spec.run_by(RowMachine::NAME, Control::at("web"))).await.unwrap();
-    let web = DomainRef::parse("web").unwrap();
+    let web = table.add_running(&machine, None).await;
     let memory = service.create(&web, CreateRequest::new(name("s0")), go()).await.unwrap_err();
     assert_eq!(memory.kind(), ErrorKind::Refused);
     assert!(memory.to_string().contains("has no directory for memory images"), "{memory}");
@@ -181,11 +210,238 @@ async fn a_running_domain_of_rows_has_snapshots() {
     assert_eq!(table.data(), [1, 1]);
     assert!(machine.is_running());
     // The domain has another row than its record.
-    let other = RowMachine::new(&[("vda", "table:web/root"), ("vdb", "table:web/other")]);
+    let other = RowMachine::without_table(&[ROWS[0], ("vdb", "table:web/other")]);
     let request = CreateRequest::new(name("s2")).memory(false);
     let drifted = table.service_with(Some(&other)).create(&web, request, go()).await.unwrap_err();
     assert_eq!(drifted.kind(), ErrorKind::Refused);
     assert!(drifted.to_string().contains("has another image open"), "{drifted}");
+    table.assert_no_file();
+}
+
+/// A domain of rows has snapshots with memory in rows. Each is listed with its address and size. After a
+/// revert, also of a domain that is off, the guest goes on in its memory and on its disks. A delete leaves no
+/// row.
+#[tokio::test]
+async fn memory_in_rows_is_saved_restored_and_removed() {
+    let table = Table::running();
+    let machine = RowMachine::new(&ROWS);
+    let (service, web) = (table.service_with(Some(&machine)), table.add_running(&machine, None).await);
+    for number in [1, 2] {
+        table.write_all(&machine, number);
+        let outcome =
+            service.create(&web, CreateRequest::new(name(&format!("s{number}"))), go()).await.unwrap();
+        assert_eq!(outcome.notes, Vec::<String>::new());
+    }
+    assert_eq!(machine.table().places, ["ram:web", "ram:web"]);
+    let listed = service.list(&web).await.unwrap().snapshots;
+    for (snapshot, number) in listed.iter().zip([1, 2]) {
+        let memory = snapshot.memory.as_ref().unwrap();
+        assert_eq!(memory.image, format!("ram:web/{}", snapshot.id).into());
+        assert_eq!(
+            (memory.bytes, memory.running, snapshot.consistency),
+            (MEMORY_BYTES, true, Consistency::Memory)
+        );
+        let row = MemoryRow { number, whole: true };
+        assert_eq!(machine.table().images.get(&memory.image), Some(&row));
+        let shown = service.show(&web, &snapshot.name).await.unwrap();
+        assert!(!shown.memory_gone && shown.snapshot == *snapshot);
+    }
+    for number in [1, 2] {
+        table.write_all(&machine, 9);
+        let to = name(&format!("s{number}"));
+        service.revert(&web, RevertRequest::new(to.clone()), go()).await.unwrap();
+        table.assert_all_are(&machine, number);
+        machine.end();
+        table.write(8);
+        service.revert(&web, RevertRequest::new(to), go()).await.unwrap();
+        table.assert_all_are(&machine, number);
+    }
+    service.delete(&web, DeleteRequest::new(vec![name("s1")]), go()).await.unwrap();
+    assert_eq!(
+        machine.table().images.keys().collect::<Vec<_>>(),
+        [&listed[1].memory.as_ref().unwrap().image]
+    );
+    // Another user removes its row. That is shown; a revert is refused before anything, and a delete is not.
+    machine.table().images.clear();
+    assert!(service.show(&web, &name("s2")).await.unwrap().memory_gone);
+    let error = service.revert(&web, RevertRequest::new(name("s2")), go()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    table.assert_all_are(&machine, 2);
+    service.delete(&web, DeleteRequest::new(vec![name("s2")]), go()).await.unwrap();
+    assert!(table.names(&web).await.is_empty() && table.backend.rows.as_ref().unwrap().is_empty());
+    table.assert_no_file();
+}
+
+/// The user can name another place of memory images, in the form of the hypervisor. A full place, a place
+/// that the hypervisor does not have, and images that it does not read are refused before anything.
+#[tokio::test]
+async fn place_of_memory_is_read_by_the_hypervisor() {
+    let table = Table::running();
+    let machine = RowMachine::new(&ROWS);
+    let (service, web) =
+        (table.service_with(Some(&machine)), table.add_running(&machine, Some("ram:POOL")).await);
+    machine.table().is_full = true;
+    let full = service.create(&web, CreateRequest::new(name("s1")), go()).await.unwrap_err();
+    assert_eq!((full.kind(), full.state_now()), (ErrorKind::NoSpace, Some("no changes made")), "{full}");
+    assert!(machine.table().images.is_empty() && machine.table().places.is_empty() && machine.is_running());
+    machine.table().is_full = false;
+    service.create(&web, CreateRequest::new(name("s1")), go()).await.unwrap();
+    assert_eq!(machine.table().places, ["ram:pool"]);
+    assert!(machine.table().images.keys().all(|image| image.as_str().starts_with("ram:pool/")));
+    // A hypervisor of files does not read it: nothing is changed, and no row is forgotten.
+    let files = RowMachine::without_table(&ROWS);
+    let other = table.service_with(Some(&files));
+    for error in [
+        other.revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap_err(),
+        other.delete(&web, DeleteRequest::new(vec![name("s1")]), go()).await.unwrap_err(),
+        other.create(&web, CreateRequest::new(name("s2")), go()).await.unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(error.to_string().contains("ram:pool"), "{error}");
+    }
+    assert_eq!(table.names(&web).await, ["s1"]);
+    assert_eq!(machine.table().images.len(), 1);
+    assert!(files.is_running());
+    service.delete(&web, DeleteRequest::new(vec![name("s1")]), go()).await.unwrap();
+    assert!(machine.table().images.is_empty());
+    table.assert_no_file();
+}
+
+/// Recover undoes or finishes each operation with memory in rows, wherever its process was killed: then there
+/// is one whole memory image for each snapshot, memory and disks are of one instant, and each snapshot can be
+/// reverted to.
+#[test]
+fn a_killed_operation_with_memory_in_rows_is_recovered() {
+    for operation in ["create", "revert", "delete"] {
+        let mut ends = Vec::new();
+        for of_disk in [false, true] {
+            for (number, when) in (1..).flat_map(|number| [(number, When::Before), (number, When::After)]) {
+                let Some(end) = killed(operation, of_disk, number, when) else { break };
+                ends.push(end);
+            }
+        }
+        // A delete is only carried through; every other operation has steps on both sides of its commit.
+        let undone = ends.iter().filter(|end| **end == RecoveryEnd::Undone).count();
+        assert_eq!(undone == 0, operation == "delete", "{operation}: {ends:?}");
+        assert!(ends.len() > undone, "{operation}: {ends:?}");
+    }
+}
+
+/// Kills an operation at a step of the hypervisor, or of a disk; `None` if it has fewer steps.
+fn killed(operation: &str, of_disk: bool, number: usize, when: When) -> Option<RecoveryEnd> {
+    let context = format!("{operation}, killed {when:?} step {number}, of a disk: {of_disk}");
+    let mut table = Table::running();
+    let machine = RowMachine::new(&ROWS);
+    let started = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = started();
+    let web = runtime.block_on(async {
+        let web = table.add_running(&machine, None).await;
+        for number in [1, 2] {
+            table.write_all(&machine, number);
+            let request = CreateRequest::new(name(&format!("s{number}")));
+            table.service_with(Some(&machine)).create(&web, request, go()).await.unwrap();
+        }
+        table.write_all(&machine, 3);
+        web
+    });
+    let stops = if of_disk { table.backend.applies.clone() } else { machine.steps.clone() };
+    stops.set(vec![Fault { number, when, how: How::Stop }]);
+    let (service, stopped) = (table.service_with(Some(&machine)), web.clone());
+    let done = runtime.block_on(async move {
+        let operation = async {
+            match operation {
+                "create" => service.create(&stopped, CreateRequest::new(name("s3")), go()).await.map(drop),
+                "revert" => service.revert(&stopped, RevertRequest::new(name("s1")), go()).await.map(drop),
+                _ => service.delete(&stopped, DeleteRequest::new(vec![name("s1")]), go()).await.map(drop),
+            }
+        };
+        tokio::select! {
+            ended = operation => { ended.unwrap(); true }
+            () = stops.stopped.notified() => false,
+        }
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(60));
+    if done {
+        return None;
+    }
+    table.backend = table.backend.after_a_crash();
+    let machine = machine.after_a_crash();
+    let end = started().block_on(async {
+        let service = table.service_with(Some(&machine));
+        let reports = service.recover(Some(&web), go()).await.unwrap();
+        let [report] = &reports[..] else { panic!("{context}: {reports:?}") };
+        assert!(machine.is_running() && machine.is_attached(), "{context}");
+        let now = machine.guest();
+        assert!(now == 3 || (operation, now) == ("revert", 1), "{context}: {now}");
+        table.assert_all_are(&machine, now);
+        let snapshots = service.list(&web).await.unwrap().snapshots;
+        let images: Vec<DiskAddress> =
+            snapshots.iter().map(|snapshot| snapshot.memory.as_ref().unwrap().image.clone()).collect();
+        assert_eq!(machine.table().images.keys().cloned().collect::<Vec<_>>(), images, "{context}");
+        assert!(machine.table().images.values().all(|row| row.whole), "{context}");
+        assert_eq!(service.check(&web).await.unwrap(), Vec::new(), "{context}");
+        for snapshot in snapshots {
+            let number = snapshot.name.as_str()[1..].parse().unwrap();
+            service.revert(&web, RevertRequest::new(snapshot.name), go()).await.unwrap();
+            table.assert_all_are(&machine, number);
+        }
+        report.end
+    });
+    assert!(table.backend.disks().values().all(|row| row.aside.is_empty()), "{context}");
+    table.assert_no_file();
+    Some(end)
+}
+
+/// A domain of rows is restored from its manifests with its memory. A row of memory in another place than the
+/// domain's is a manifest's claim, and only the user can confirm it.
+#[tokio::test]
+async fn memory_rows_of_a_lost_catalogue_are_restored() {
+    let table = Table::running();
+    let machine = RowMachine::new(&ROWS);
+    let (service, web) = (table.service_with(Some(&machine)), table.add_running(&machine, None).await);
+    table.write_all(&machine, 1);
+    service.create(&web, CreateRequest::new(name("s1")), go()).await.unwrap();
+    let image = machine.table().images.keys().next().unwrap().clone();
+    let by_address = DomainRef::parse("table:web/root").unwrap();
+    let lose = || std::fs::remove_dir_all(table.root().join("state")).unwrap();
+    lose();
+    let service = table.service_with(Some(&machine));
+    service.import(&by_address, ImportOptions::default().trust()).await.unwrap();
+    let listed = service.list(&web).await.unwrap().snapshots;
+    assert_eq!(listed[0].memory.as_ref().unwrap().image, image);
+    table.write_all(&machine, 2);
+    service.revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap();
+    table.assert_all_are(&machine, 1);
+    // The manifest names another domain's row.
+    let stolen = DiskAddress::from("ram:other/secret");
+    machine.table().images.insert(stolen.clone(), MemoryRow { number: 7, whole: true });
+    table.backend.rows.as_ref().unwrap().change_snapshots(|snapshot| {
+        snapshot.memory.as_mut().unwrap().image = stolen.clone();
+    });
+    lose();
+    let service = table.service_with(Some(&machine));
+    let refused = service.import(&by_address, ImportOptions::default()).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
+    assert!(refused.to_string().contains("ram:other/secret"), "{refused}");
+    assert_eq!(machine.guest(), 1);
+    service.import(&by_address, ImportOptions::default().trust()).await.unwrap();
+    service.revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap();
+    assert_eq!(machine.guest(), 7);
+    table.assert_no_file();
+}
+
+/// A hypervisor that has a row open for another domain says so by the row's identity.
+#[tokio::test]
+async fn rows_open_without_a_lock_are_refused() {
+    let table = Table::new();
+    let web = table.add().await;
+    let mut machine = RowMachine::new(&ROWS);
+    machine.other_user = Some("neighbour".to_owned());
+    let busy = table.service_with(Some(&machine)).create(&web, CreateRequest::new(name("s1")), go()).await;
+    let busy = busy.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+    assert!(busy.to_string().contains(" is open in neighbour, which rows runs"), "{busy}");
+    assert!(table.names(&web).await.is_empty());
     table.assert_no_file();
 }
 
@@ -218,4 +474,46 @@ async fn rows_are_known_by_their_identities() {
     table.service().disk_remove(&web, &Target::new("vdb").unwrap()).await.unwrap();
     assert_eq!(table.service().resolve(&web).await.unwrap().disks.len(), 1);
     table.assert_no_file();
+}
+
+/// Records of memory images in files, and of layers and media, have the same JSON as before images had
+/// addresses: catalogues, journals and manifests of an older domsnap are read.
+#[test]
+fn records_of_files_keep_their_form() {
+    use serde_json::json;
+    use snapcore::hypervisor::{DomainStep, Medium, MemoryPlan, PowerAfter, Restart, RestartSource};
+
+    fn is<T>(value: &T, record: serde_json::Value)
+    where
+        T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug,
+    {
+        assert_eq!(serde_json::to_value(value).unwrap(), record);
+        assert_eq!(serde_json::from_value::<T>(record).unwrap(), *value);
+    }
+
+    let image = || DiskAddress::from("/vm/m");
+    is(&MemoryPoint::new("/vm/m", 7, true), json!({ "file": "/vm/m", "bytes": 7, "running": true }));
+    is(&MemoryPlan::new("/vm/m", true, 5), json!({ "file": "/vm/m", "live": true, "budget_ms": 5 }));
+    is(&DomainStep::CheckMemory { image: image() }, json!({ "do": "check-memory", "file": "/vm/m" }));
+    is(&DomainStep::RemoveMemory { image: image() }, json!({ "do": "remove-memory", "file": "/vm/m" }));
+    is(
+        &DomainStep::SaveMemory { image: image(), tag: "s".to_owned(), compress: 3 },
+        json!({ "do": "save-memory", "file": "/vm/m", "tag": "s", "compress": 3 }),
+    );
+    is(
+        &DomainStep::Continue { memory: Some(image()), reset: false, power: Some(PowerAfter::Running) },
+        json!({ "do": "continue", "memory": "/vm/m", "reset": false, "power": "running" }),
+    );
+    is(
+        &Restart::new(RestartSource::Memory(image()), true),
+        json!({ "from": { "memory": "/vm/m" }, "safety": true, "recreated": false }),
+    );
+    is(
+        &Medium::new("ide1", "raw").address(Some("/vm/cd".into())),
+        json!({ "drive": "ide1", "file": "/vm/cd", "format": "raw" }),
+    );
+    is(
+        &Control::at("a").memory_dir(Some("/vm/memory".into())),
+        json!({ "address": "a", "memory-dir": "/vm/memory" }),
+    );
 }

@@ -1,19 +1,21 @@
 //! [`DiskSnapshotter`] by copies.
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use jiff::Timestamp;
 use snapcore::backend::{
     Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding, Guard,
     InspectDepth, InternalPoint, Layer, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskPoint, DiskRecord, Error, ErrorKind, FinishStep, LayerName, Point,
     PointKind, Result, Snapshot, SnapshotName, Step,
 };
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use crate::files::{failed, point, points};
 use crate::lock::DiskLocks;
@@ -246,8 +248,8 @@ impl DiskSnapshotter for Copies {
         Ok(DeleteCost::new(frees, 0))
     }
 
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        Utf8PathBuf::from(format!("{}.domsnap", disk.path()))
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        Arc::new(ManifestDirectory::new(format!("{}.domsnap", disk.path())))
     }
 
     fn layer_address(&self, record: &DiskRecord, _: &LayerName) -> DiskAddress {

@@ -143,7 +143,7 @@ pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
         if wanted != has && can_be_put_back(wanted, format) {
             media.push(
                 Medium::new(before.target.clone(), format.unwrap_or_default())
-                    .file((!wanted.is_empty()).then(|| wanted.clone()))
+                    .address((!wanted.is_empty()).then(|| wanted.as_str().into()))
                     .writable(!wanted.is_empty() && !before.read_only),
             );
         }

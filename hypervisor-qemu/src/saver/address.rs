@@ -1,7 +1,7 @@
 //! Addresses of monitors and guest agents, as users write them and in their canonical form.
 
 use camino::Utf8Path;
-use snapcore::hypervisor::Control;
+use snapcore::hypervisor::{Control, MemoryDirectory};
 use snapcore::{Error, ErrorKind, Result};
 
 /// Prefix of a TCP address.
@@ -19,7 +19,8 @@ pub(super) fn read(control: Control, directory: &Utf8Path) -> Result<Control> {
     }
     let address = socket(directory, &control.address)?;
     let agent = control.agent.as_ref().map(|agent| socket(directory, agent.as_str())).transpose()?;
-    let memory_dir = control.memory_dir.as_ref().map(|memory| directory.join(memory));
+    let memory_dir = control.memory_dir.as_ref();
+    let memory_dir = memory_dir.map(|named| MemoryDirectory::read(named, directory)).transpose()?;
     Ok(control.address(address).agent(agent.map(Into::into)).memory_dir(memory_dir))
 }
 

@@ -86,7 +86,7 @@ pub(super) async fn take(
         cut = cut.disk(disk);
     }
     if let Some(memory) = step.memory {
-        let draft = draft(&memory.file).await;
+        let draft = draft(&memory.image).await;
         let draft = match draft {
             Ok(draft) => draft,
             Err(error) => return Err(close(live, error, &opened).await),
@@ -323,8 +323,8 @@ async fn close(live: &QemuDomain, error: Error, opened: &[String]) -> Error {
     }
 }
 
-async fn draft(file: &Utf8Path) -> Result<Draft> {
-    let file = file.to_owned();
+async fn draft(image: &DiskAddress) -> Result<Draft> {
+    let file = image.require_path()?.to_owned();
     blocking(move || {
         if let Some(directory) = file.parent() {
             confined_files::Directory::make_all(directory.as_std_path(), 0o700).map_err(|error| {
@@ -584,7 +584,7 @@ async fn packed(
 }
 
 /// Ends the memory save, and removes its files.
-pub(super) async fn forget_memory(live: &QemuDomain, file: &Utf8Path) -> Result<()> {
+pub(super) async fn forget_memory(live: &QemuDomain, image: &DiskAddress) -> Result<()> {
     end_saving(live, true).await?;
-    super::remove_memory(file).await
+    super::remove_memory(image).await
 }

@@ -13,7 +13,7 @@ use snapcore::hypervisor::{
     AttachedDisk, Control, DomainContext, DomainInfo, DomainStep, LiveDomain, Medium, Obstacle, OpenChain,
     StepOutcome,
 };
-use snapcore::{Domain, Error, ErrorKind, FileIdentity, Plan, Result, Target};
+use snapcore::{DiskAddress, Domain, Error, ErrorKind, FileIdentity, Plan, Result, Target};
 use tokio::{sync::watch, time::timeout};
 
 use super::{
@@ -343,7 +343,9 @@ impl LiveDomain for QemuDomain {
             compare(&record, &self.discovery).iter().map(ToString::to_string).collect();
         let view = FileView::of(&self.machine);
         for medium in discover::media(&record, &self.discovery) {
-            if let Some(file) = medium.file.filter(|file| view.identity(&view.absolute(file)).is_none()) {
+            if let Some(file) =
+                medium.address.filter(|file| view.identity(&view.absolute(file.as_str())).is_none())
+            {
                 differences.push(format!(
                     "medium in drive {}: recorded {file}, which is gone: put the file back",
                     medium.drive
@@ -441,15 +443,16 @@ impl LiveDomain for QemuDomain {
 
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
         match step {
-            DomainStep::CheckMemory { file } => {
-                self.unpacked.check(file, context.progress).await?;
+            DomainStep::CheckMemory { image } => {
+                self.unpacked.check(image.require_path()?, context.progress).await?;
             }
             DomainStep::Instant { .. } => {
                 if let Some(step) = instant(step) {
                     return cut::take(self, step, context).await;
                 }
             }
-            DomainStep::SaveMemory { file, tag, compress } => {
+            DomainStep::SaveMemory { image, tag, compress } => {
+                let file = image.require_path()?;
                 return cut::save_memory(self, file, tag, *compress, context).await;
             }
             DomainStep::ReopenByName { disks } => {
@@ -478,10 +481,11 @@ impl LiveDomain for QemuDomain {
                 media::put_back(&self.machine, media).await?;
             }
             DomainStep::Continue { memory, reset, power } => {
-                return section::finish(self, memory.as_deref(), *reset, *power, context).await;
+                let memory = memory.as_ref().map(DiskAddress::require_path).transpose()?;
+                return section::finish(self, memory, *reset, *power, context).await;
             }
-            DomainStep::RemoveMemory { file } => {
-                remove_memory(file).await?;
+            DomainStep::RemoveMemory { image } => {
+                remove_memory(image).await?;
             }
         }
         Ok(StepOutcome::default())
@@ -493,13 +497,13 @@ impl LiveDomain for QemuDomain {
                 Some(step) => cut::undo(self, step, context).await,
                 None => Ok(()),
             },
-            DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
+            DomainStep::SaveMemory { image, .. } => cut::forget_memory(self, image).await,
             DomainStep::Detach { disks, .. } => section::undo_open(self, disks, context.chains).await,
             DomainStep::Attach { disks, .. } => section::undo_attach(self, disks).await,
             // There is nothing to undo in QEMU: a check changes nothing, and a node that was reopened by name
             // keeps its name.
-            DomainStep::CheckMemory { file } => {
-                self.unpacked.release(file);
+            DomainStep::CheckMemory { image } => {
+                self.unpacked.release(image.require_path()?);
                 Ok(())
             }
             DomainStep::ReopenByName { .. } => Ok(()),

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use snapcore::hypervisor::Medium;
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{DiskAddress, Error, ErrorKind, Result};
 
 use super::{error::to_engine, preflight};
 use crate::{
@@ -23,7 +23,7 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
             return Err(changing(Error::new(ErrorKind::NotFound, "QEMU has no such drive")));
         };
         let has = drive["inserted"]["file"].as_str();
-        if has == medium.file.as_deref() {
+        if has == medium.address.as_ref().map(DiskAddress::as_str) {
             continue;
         }
         let run = async |command: &str, arguments: serde_json::Value| {
@@ -32,10 +32,10 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
         };
         // Forced, because a guest that has a medium mounted locks the tray.
         run("blockdev-open-tray", json!({ "id": id, "force": true })).await?;
-        match &medium.file {
-            Some(file) => {
+        match &medium.address {
+            Some(address) => {
                 let mode = if medium.writable { "read-write" } else { "read-only" };
-                let medium = json!({ "id": id, "filename": file, "format": medium.format,
+                let medium = json!({ "id": id, "filename": address.as_str(), "format": medium.format,
                     "read-only-mode": mode });
                 run("blockdev-change-medium", medium).await?;
             }
@@ -51,7 +51,7 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
 /// Refuses media that QEMU cannot open.
 pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
     for medium in media {
-        let Some(file) = &medium.file else { continue };
+        let Some(file) = medium.address.as_ref().map(DiskAddress::as_str) else { continue };
         // A device of the host is opened by another driver, which QEMU finds by its name.
         if file.starts_with("/dev/") {
             continue;

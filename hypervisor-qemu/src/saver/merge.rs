@@ -1,14 +1,13 @@
 //! Merges layers of an open chain into one.
 
 use std::{
-    path::Path,
     pin::pin,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{AttachedMerge, Inside};
-use snapcore::{Error, ErrorKind, FileIdentity, Result, Target};
+use snapcore::{DiskAddress, Error, ErrorKind, FileIdentity, Result, Target};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -49,7 +48,7 @@ pub(super) async fn merge(
         return served::merge(disk, server, merge, inside, progress, cancel).await;
     }
     let machine = &disk.machine;
-    let shown = |file: &camino::Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
+    let shown = |layer: &DiskAddress| layer.name().to_owned();
     let attempted = || {
         let run: Vec<String> = merge.run.iter().map(shown).collect();
         format!("merging {} of disk {} into {}", run.join(", "), disk.target, shown(&merge.into))
@@ -61,14 +60,13 @@ pub(super) async fn merge(
 
     let graph = Graph::read(machine).await.map_err(to_engine)?;
     let open = disk.open_in(&graph);
-    let merged: Vec<&camino::Utf8PathBuf> = merge.run.iter().filter(|file| **file != merge.into).collect();
-    let identities: Vec<FileIdentity> =
-        merged.iter().filter_map(|file| identity(file.as_std_path())).collect();
+    let merged = merge.run.iter().filter(|layer| **layer != merge.into);
+    let identities: Vec<FileIdentity> = merged.filter_map(inode).collect();
     if open.placeholder.is_some() {
         return Err(refuse("the disk is detached: recover the operation that detached it"));
     }
     if !running && !identities.iter().any(|file| open.position(*file).is_some()) {
-        let into = identity(merge.into.as_std_path());
+        let into = inode(&merge.into);
         if into.and_then(|into| open.position(into)).is_none() {
             return Err(refuse("none of its layers is in the chain that QEMU has open"));
         }
@@ -144,7 +142,7 @@ pub(super) async fn merge(
         let top = merge.run.last().filter(|top| **top != merge.into);
         let error = match (pivoting.load(Ordering::SeqCst), top) {
             (true, Some(top)) => {
-                not_pivoted(disk, &job, top.as_std_path(), inside, None, to_engine(error)).await
+                not_pivoted(disk, &job, top.path().as_std_path(), inside, None, to_engine(error)).await
             }
             _ => to_engine(error),
         };
@@ -194,7 +192,7 @@ pub(super) async fn fold_active(
 async fn not_pivoted(
     disk: &Disk,
     job: &Name,
-    top: &Path,
+    top: &std::path::Path,
     inside: &dyn Inside,
     only: Option<&Target>,
     error: Error,
@@ -215,9 +213,14 @@ async fn not_pivoted(
     }
 }
 
+/// Returns the inode of a layer that is a file.
+fn inode(layer: &DiskAddress) -> Option<FileIdentity> {
+    layer.local().and_then(|file| identity(file.as_std_path()))
+}
+
 /// Returns the name of a merge's job, which is the same each time.
 fn job(merge: &AttachedMerge) -> Name {
-    let run: Vec<&str> = merge.run.iter().map(|file| file.as_str()).collect();
+    let run: Vec<&str> = merge.run.iter().map(DiskAddress::as_str).collect();
     Name::of("m", &format!("{}\0\0{}", run.join("\0"), merge.into))
 }
 
@@ -234,16 +237,15 @@ async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIden
 }
 
 fn direction(open: &QemuChain, merge: &AttachedMerge) -> Result<Direction, String> {
-    let position = |file: &Path| {
-        let place = identity(file).and_then(|file| open.position(file));
-        place.ok_or_else(|| format!("{} is not in the chain that QEMU has open", file.display()))
+    let position = |layer: &DiskAddress| {
+        let place = inode(layer).and_then(|file| open.position(file));
+        place.ok_or_else(|| format!("{layer} is not in the chain that QEMU has open"))
     };
     let (Some(first), Some(last)) = (merge.run.first(), merge.run.last()) else {
         return Err("there is nothing to merge".to_owned());
     };
-    let (bottom, top) = (position(first.as_std_path())?, position(last.as_std_path())?);
-    let files: Vec<Option<FileIdentity>> =
-        merge.run.iter().map(|file| identity(file.as_std_path())).collect();
+    let (bottom, top) = (position(first)?, position(last)?);
+    let files: Vec<Option<FileIdentity>> = merge.run.iter().map(inode).collect();
     let between: Vec<_> = open.layers.get(top..=bottom).unwrap_or_default().iter().rev().collect();
     if between.len() != files.len() || between.iter().zip(&files).any(|(layer, file)| layer.identity != *file)
     {
@@ -262,7 +264,7 @@ fn direction(open: &QemuChain, merge: &AttachedMerge) -> Result<Direction, Strin
     if merge.into != *last {
         return Err("layers are merged into the first or the last of them".to_owned());
     }
-    let base = merge.below.as_deref().map(|below| position(below.as_std_path())).transpose()?;
+    let base = merge.below.as_ref().map(position).transpose()?;
     if base.is_some_and(|base| base != bottom + 1) || (base.is_none() && open.layers.len() > bottom + 1) {
         return Err("the layers have another backing image than expected".to_owned());
     }

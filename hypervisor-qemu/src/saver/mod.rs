@@ -59,7 +59,7 @@ use snapcore::backend::Progress;
 use snapcore::hypervisor::{
     Control, DomainInfo, HypervisorProfile, LiveDomain, StartFromMemory, StepOutcome, VmStateSaver,
 };
-use snapcore::{Domain, Error, ErrorKind, Hypervisor, Registry, Result};
+use snapcore::{DiskAddress, Domain, Error, ErrorKind, Hypervisor, Registry, Result};
 use tokio::time::timeout;
 
 use crate::{
@@ -209,12 +209,12 @@ impl VmStateSaver for Qemu {
         scan::scan(self).await
     }
 
-    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
-        self.unpacked.check(file, progress).await
+    async fn check_memory(&self, image: &DiskAddress, progress: &dyn Progress) -> Result<()> {
+        self.unpacked.check(image.require_path()?, progress).await
     }
 
-    async fn release_memory(&self, file: &Utf8Path) -> Result<()> {
-        self.unpacked.release(file);
+    async fn release_memory(&self, image: &DiskAddress) -> Result<()> {
+        self.unpacked.release(image.require_path()?);
         Ok(())
     }
 
@@ -254,14 +254,14 @@ impl VmStateSaver for Qemu {
         preflight::remove_left(domain.disks.iter().map(|record| record.disk.path().as_std_path()));
     }
 
-    async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
-        self.unpacked.release(file);
-        remove_memory(file).await
+    async fn remove_memory(&self, image: &DiskAddress) -> Result<()> {
+        self.unpacked.release(image.require_path()?);
+        remove_memory(image).await
     }
 }
 
-async fn remove_memory(file: &Utf8Path) -> Result<()> {
-    let path = file.to_owned();
+async fn remove_memory(image: &DiskAddress) -> Result<()> {
+    let path = image.require_path()?.to_owned();
     blocking(move || remove_image(path.as_std_path())).await
 }
 

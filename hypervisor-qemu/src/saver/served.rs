@@ -300,8 +300,10 @@ pub(super) async fn merge(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<()> {
-    let request = MergeRequest { run: merge.run.clone(), into: merge.into.clone() };
-    let shown = |file: &Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
+    let file = |layer: &DiskAddress| layer.require_path().map(Utf8Path::to_owned);
+    let run = merge.run.iter().map(file).collect::<Result<_>>()?;
+    let request = MergeRequest { run, into: file(&merge.into)? };
+    let shown = |layer: &DiskAddress| layer.name().to_owned();
     let run: Vec<String> = merge.run.iter().map(shown).collect();
     carry_out(disk, server, &request, None, inside, progress, cancel).await.map_err(|error| {
         let into = shown(&merge.into);

@@ -74,10 +74,11 @@ impl Recipe {
 /// error, and no process is left.
 pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Result<StepOutcome> {
     let mut facts = StepOutcome::default();
-    let path = start.file.to_owned();
+    let file = start.image.require_path()?;
+    let path = file.to_owned();
     let stored = blocking(move || Stored::open(path.as_std_path())).await?;
     // QEMU loads this image; it exists until this function returns.
-    let image = unpacked.take(start.file).await?;
+    let image = unpacked.take(file).await?;
     let by_hand = match &stored {
         Stored::Packed(packed) => Some(packed.incoming().map_err(to_engine)?),
         Stored::Plain(_) => None,
@@ -96,7 +97,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         facts.notes.push(format!(
             "the command that starts the domain is not known: start it with `-incoming` and {}, or register the domain with its \
              command",
-            by_hand.map_or_else(|| format!("the memory image {}", start.file), |word| format!("{word:?}"))
+            by_hand.map_or_else(|| format!("the memory image {file}"), |word| format!("{word:?}"))
         ));
         return Ok(facts);
     };
@@ -162,7 +163,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         Ok(machine) => machine,
         Err(error) => {
             process.end();
-            return Err(error.context(format!("starting domain {} from {}", start.domain.name, start.file)));
+            return Err(error.context(format!("starting domain {} from {file}", start.domain.name)));
         }
     };
     process.leave();

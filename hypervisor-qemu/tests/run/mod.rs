@@ -19,7 +19,9 @@ use snapcore::hypervisor::{
     AttachedMerge, Control, DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, MemoryPlan,
     OpenChain, OpenLayer, Quiesce, StepOutcome, VmStateSaver,
 };
-use snapcore::{Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Target};
+use snapcore::{
+    Disk, DiskAddress, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Target,
+};
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
 
@@ -101,6 +103,11 @@ pub fn identity(file: &Path) -> std::io::Result<FileIdentity> {
 
 pub fn utf8(path: &Path) -> Utf8PathBuf {
     Utf8PathBuf::from_path_buf(path.to_owned()).expect("UTF-8")
+}
+
+/// Returns the address of a file.
+pub fn address(path: &Path) -> DiskAddress {
+    utf8(path).into()
 }
 
 /// Makes an image from a file name that ends in its format.
@@ -225,7 +232,7 @@ impl Run {
             running: true,
             memory: memory.map(|name| {
                 MemoryPlan::new(
-                    utf8(&self.dir.join(name)),
+                    address(&self.dir.join(name)),
                     true,
                     u64::try_from(kit::BUDGET.as_millis()).expect("small"),
                 )

@@ -3,7 +3,7 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::hypervisor::Control;
 use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport};
-use snapcore::{Error, ErrorKind, Hypervisor};
+use snapcore::{DiskAddress, Error, ErrorKind, Hypervisor};
 
 use crate::answer::Answer;
 use crate::args::{Domain, DomainAdd, DomainDisk, Import};
@@ -95,7 +95,8 @@ fn read_place(session: &Session, place: &str) -> Result<(Hypervisor, String), Fa
 fn control(address: String, args: &DomainAdd) -> Result<Control, Failure> {
     Ok(Control::at(address)
         .agent(args.agent.clone().map(Into::into))
-        .memory_dir(args.memory_dir.as_deref().map(absolute).transpose()?)
+        // Its hypervisor reads the address, and makes a path absolute.
+        .memory_dir(args.memory_dir.clone())
         .start(args.start.clone())
         .compress(args.compress)
         .config(args.config.as_deref().map(absolute).transpose()?))
@@ -263,11 +264,13 @@ fn facts(document: &DomainShowDoc) -> String {
     if let Some(machine) = &document.machine {
         line("machine", machine);
     }
-    for (what, path) in
-        [("agent", &control.agent), ("memory in", &control.memory_dir), ("created from", &control.config)]
-    {
+    for (what, path) in [
+        ("agent", control.agent.as_deref().map(Utf8Path::as_str)),
+        ("memory in", control.memory_dir.as_ref().map(DiskAddress::as_str)),
+        ("created from", control.config.as_deref().map(Utf8Path::as_str)),
+    ] {
         if let Some(path) = path {
-            line(what, path.as_str());
+            line(what, path);
         }
     }
     if let Some(level) = control.compress.filter(|level| *level > 0) {

@@ -175,7 +175,7 @@ pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
 fn memory(snapshots: &[SnapshotDoc]) -> String {
     let row = |snapshot: &SnapshotDoc| {
         let memory = snapshot.memory.as_ref()?;
-        Some(vec![memory.file.to_string(), memory_size(memory), snapshot.name.to_string()])
+        Some(vec![memory.image.to_string(), memory_size(memory), snapshot.name.to_string()])
     };
     let rows: Vec<_> = snapshots.iter().filter_map(row).collect();
     match rows.is_empty() {

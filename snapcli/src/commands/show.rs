@@ -20,8 +20,8 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 }
 
 fn document(details: Details) -> ShowDoc {
-    let Details { domain, snapshot, current, parent, children, members, machine, outside, shared, .. } =
-        details;
+    let Details { domain, snapshot, current, parent, children, members, machine, .. } = details;
+    let Details { memory_gone, outside, shared, .. } = details;
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
@@ -46,6 +46,7 @@ fn document(details: Details) -> ShowDoc {
         },
         children,
         machine,
+        memory_gone,
         outside,
         shared,
         delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
@@ -72,7 +73,7 @@ fn reported(document: &ShowDoc) -> String {
     line("current", if snapshot.current { "yes" } else { "no" });
     line("id", &snapshot.id.to_string());
     if let Some(memory) = &snapshot.memory {
-        line("memory", &memory_text(memory));
+        line("memory", &memory_text(memory, document.memory_gone));
     }
     if let Some(machine) = &document.machine {
         line("machine", machine);
@@ -125,15 +126,14 @@ fn reported(document: &ShowDoc) -> String {
     text
 }
 
-fn memory_text(memory: &MemoryPoint) -> String {
+fn memory_text(memory: &MemoryPoint, is_gone: bool) -> String {
     let state = if memory.running { "running" } else { "paused" };
-    let gone = match memory.file.symlink_metadata() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            "; the file is gone: without it only the disks can be reverted (--off)"
-        }
-        _ => "",
+    let gone = match (is_gone, memory.image.local()) {
+        (true, Some(_)) => "; the file is gone: without it only the disks can be reverted (--off)",
+        (true, None) => "; the image is gone: without it only the disks can be reverted (--off)",
+        (false, _) => "",
     };
-    format!("{}, of a guest that was {state}: {}{gone}", memory_size(memory), memory.file)
+    format!("{}, of a guest that was {state}: {}{gone}", memory_size(memory), memory.image)
 }
 
 /// Formats the size of a memory image, as stored and as unpacked.

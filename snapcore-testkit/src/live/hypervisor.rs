@@ -12,7 +12,9 @@ use snapcore::hypervisor::{
     HypervisorProfile, Inside, LiveDomain, Obstacle, OpenChain, PowerAfter, SeenDisk, StartFromMemory,
     StepOutcome, Taken, VmStateSaver,
 };
-use snapcore::{Consistency, Domain, Error, ErrorKind, FileIdentity, Hypervisor, Result, Target};
+use snapcore::{
+    Consistency, DiskAddress, Domain, Error, ErrorKind, FileIdentity, Hypervisor, Result, Target,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::guest::TestGuest;
@@ -78,7 +80,7 @@ impl VmStateSaver for TestHypervisor {
         Ok(self.info().map(|info| (Control::at("guest"), info)).into_iter().collect())
     }
 
-    async fn check_memory(&self, _: &Utf8Path, _: &dyn Progress) -> Result<()> {
+    async fn check_memory(&self, _: &DiskAddress, _: &dyn Progress) -> Result<()> {
         unsupported("has no memory images")
     }
 
@@ -86,7 +88,7 @@ impl VmStateSaver for TestHypervisor {
         unsupported("starts no domain")
     }
 
-    async fn remove_memory(&self, _: &Utf8Path) -> Result<()> {
+    async fn remove_memory(&self, _: &DiskAddress) -> Result<()> {
         unsupported("has no memory images")
     }
 }

@@ -146,12 +146,12 @@ impl Running<'_> {
         let domain = &self.entry.domain;
         let saver = || self.engine.registry.hypervisor(&domain.hypervisor);
         match step {
-            DomainStep::CheckMemory { file } => {
-                saver()?.check_memory(file, &progress).await?;
+            DomainStep::CheckMemory { image } => {
+                saver()?.check_memory(image, &progress).await?;
                 return Ok(StepOutcome::default());
             }
-            DomainStep::RemoveMemory { file } => {
-                saver()?.remove_memory(file).await?;
+            DomainStep::RemoveMemory { image } => {
+                saver()?.remove_memory(image).await?;
                 return Ok(StepOutcome::default());
             }
             _ => {}
@@ -222,20 +222,19 @@ impl Running<'_> {
     /// Carries a step out for a domain that no process runs any more.
     async fn apply_at_rest(&self, step: &DomainStep) -> Result<StepOutcome> {
         match step {
-            DomainStep::Continue { memory: Some(file), power, .. } if *power != Some(PowerAfter::Off) => {
+            DomainStep::Continue { memory: Some(image), power, .. } if *power != Some(PowerAfter::Off) => {
                 let domain = &self.entry.domain;
-                let snapshot = self
-                    .entry
-                    .tree
-                    .iter()
-                    .find(|snapshot| snapshot.memory.as_ref().is_some_and(|memory| memory.file == *file));
+                let snapshot =
+                    self.entry.tree.iter().find(|snapshot| {
+                        snapshot.memory.as_ref().is_some_and(|memory| memory.image == *image)
+                    });
                 let machine = snapshot
                     .and_then(|snapshot| snapshot.machine.as_deref())
                     .and_then(|id| domain.machine(id))
                     .map(|machine| &machine.record);
                 self.yield_locks().await?;
                 let chains = self.open_chains().await?;
-                let start = StartFromMemory { domain, machine, file, chains: &chains, power: *power };
+                let start = StartFromMemory { domain, machine, image, chains: &chains, power: *power };
                 self.engine.registry.hypervisor(&domain.hypervisor)?.start(start).await
             }
             DomainStep::Continue { .. }
@@ -304,15 +303,15 @@ impl Running<'_> {
     async fn undo_on_domain(&self, head: usize, step: &DomainStep) -> Result<()> {
         let domain = &self.entry.domain;
         match (step, self.engine.live) {
-            (DomainStep::CheckMemory { file }, _) => {
-                self.engine.registry.hypervisor(&domain.hypervisor)?.release_memory(file).await
+            (DomainStep::CheckMemory { image }, _) => {
+                self.engine.registry.hypervisor(&domain.hypervisor)?.release_memory(image).await
             }
-            (DomainStep::SaveMemory { file, .. }, None) => {
-                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(file).await
+            (DomainStep::SaveMemory { image, .. }, None) => {
+                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(image).await
             }
             // No process has the disks open: their own steps undo them.
             (DomainStep::Instant { memory: Some(memory), .. }, None) => {
-                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
+                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.image).await
             }
             (_, None) => Ok(()),
             (_, Some(live)) => {
@@ -329,10 +328,14 @@ impl Running<'_> {
                     cancel: &never_cancelled,
                 };
                 guarded(live.undo(step, context)).await?;
-                // The partial memory file goes, where the step that makes an image of it never began.
+                // The partial memory image goes, where the step that makes an image of it never began.
                 match step {
                     DomainStep::Instant { memory: Some(memory), .. } => {
-                        self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
+                        self.engine
+                            .registry
+                            .hypervisor(&domain.hypervisor)?
+                            .remove_memory(&memory.image)
+                            .await
                     }
                     _ => Ok(()),
                 }

@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -150,12 +149,12 @@ setters!(<'a> DomainContext<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AttachedMerge {
-    /// The layers' files, by their permanent names, bottom first.
-    pub run: Vec<Utf8PathBuf>,
+    /// The layers, by their permanent addresses, bottom first.
+    pub run: Vec<DiskAddress>,
     /// The layer that receives the others' data: the first or the last of them.
-    pub into: Utf8PathBuf,
-    /// The backing file of the run's bottom.
-    pub below: Option<Utf8PathBuf>,
+    pub into: DiskAddress,
+    /// The layer that backs the run's bottom.
+    pub below: Option<DiskAddress>,
     /// The backing string that the image above the merged ones gets: it names `into`. If `into` is the last,
     /// it is the backing string of `into`.
     pub string: Option<String>,
@@ -163,13 +162,13 @@ pub struct AttachedMerge {
 
 impl AttachedMerge {
     /// Makes a merge of layers that have no backing file, and no image above them.
-    pub fn new(run: Vec<Utf8PathBuf>, into: impl Into<Utf8PathBuf>) -> Self {
+    pub fn new(run: Vec<DiskAddress>, into: impl Into<DiskAddress>) -> Self {
         Self { run, into: into.into(), below: None, string: None }
     }
 }
 
 setters!(AttachedMerge {
-    below: Option<Utf8PathBuf>,
+    below: Option<DiskAddress>,
     string: Option<String>,
 });
 
@@ -208,8 +207,8 @@ pub trait AttachedDisk: Send + Sync {
         }
     }
 
-    /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has closed the others'
-    /// files, and the image above is backed by the merged one.
+    /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has closed the others,
+    /// and the image above is backed by the merged one.
     ///
     /// If the last layer of the run is the active image and is merged down, `inside` runs at the pivot, when
     /// both show the same and the guest's writes wait. It moves the configured path.

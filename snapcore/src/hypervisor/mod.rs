@@ -6,10 +6,12 @@
 //! format.
 
 mod live;
+mod memory;
 mod saver;
 mod step;
 
 pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
+pub use memory::{MemoryDirectory, MemoryStore};
 pub use saver::{Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver};
 pub use step::{
     DiskInstant, DomainStep, GuestChange, Medium, MemoryPlan, PowerAfter, Quiesce, Restart, RestartSource,

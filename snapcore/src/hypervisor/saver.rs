@@ -8,8 +8,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::live::{LiveDomain, OpenChain};
+use super::memory::{MemoryDirectory, MemoryStore};
 use super::step::{PowerAfter, StepOutcome};
-use crate::address::{DiskAddress, FileIdentity};
+use crate::address::{DiskAddress, DiskIdentity};
 use crate::backend::Progress;
 use crate::domain::{Domain, Hypervisor};
 use crate::error::Result;
@@ -26,10 +27,10 @@ pub struct Control {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub agent: Option<Utf8PathBuf>,
-    /// The directory of memory images; absent: the directory of the manifests.
+    /// The place of memory images, for most hypervisors a directory; absent: the directory of the manifests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
-    pub memory_dir: Option<Utf8PathBuf>,
+    pub memory_dir: Option<DiskAddress>,
     /// The command that starts the domain, for a revert of a stopped domain to a snapshot with memory;
     /// absent: the command that was recorded with the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -47,7 +48,7 @@ pub struct Control {
 setters!(Control {
     address: String,
     agent: Option<Utf8PathBuf>,
-    memory_dir: Option<Utf8PathBuf>,
+    memory_dir: Option<DiskAddress>,
     start: Vec<String>,
     compress: Option<u8>,
     config: Option<Utf8PathBuf>,
@@ -183,7 +184,7 @@ pub struct StartFromMemory<'a> {
     /// The machine that was recorded with the snapshot.
     pub machine: Option<&'a serde_json::Value>,
     /// The memory image, already checked.
-    pub file: &'a Utf8Path,
+    pub image: &'a DiskAddress,
     /// The layers of its disks.
     pub chains: &'a [OpenChain],
     /// Power state afterwards; absent: the same as at the instant.
@@ -192,8 +193,8 @@ pub struct StartFromMemory<'a> {
 
 impl<'a> StartFromMemory<'a> {
     /// Makes the input for a start to the state at the instant, on any machine.
-    pub fn new(domain: &'a Domain, file: &'a Utf8Path, chains: &'a [OpenChain]) -> Self {
-        Self { domain, file, chains, machine: None, power: None }
+    pub fn new(domain: &'a Domain, image: &'a DiskAddress, chains: &'a [OpenChain]) -> Self {
+        Self { domain, image, chains, machine: None, power: None }
     }
 }
 
@@ -369,7 +370,8 @@ pub trait VmStateSaver: Send + Sync {
     fn profile(&self) -> HypervisorProfile;
 
     /// Converts a user's address of a domain to its canonical form: the same domain always has the same
-    /// address. Relative paths start at `directory`. A canonical address is unchanged.
+    /// address. Relative paths start at `directory`, that of [`Control::memory_dir`] too: whether its text
+    /// has a scheme is this hypervisor's decision. A canonical address is unchanged.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Usage`] if it is not an address of this hypervisor.
@@ -392,6 +394,32 @@ pub trait VmStateSaver: Send + Sync {
     /// skipped.
     async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>>;
 
+    /// The place of a domain's memory images. If there is none (`None`), the domain has snapshots of its
+    /// disks alone. `beside` is the directory of its manifests, where they are files.
+    ///
+    /// By default the place is a directory ([`MemoryDirectory::of`]). A hypervisor that keeps memory images
+    /// elsewhere names another place. It reads all addresses that it has given to images: in the next
+    /// methods, in each [`DomainStep`](super::DomainStep), and in [`StartFromMemory`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] if the user named a place that is none of this hypervisor.
+    fn memory_store(
+        &self,
+        domain: &Domain,
+        beside: Option<&Utf8Path>,
+    ) -> Result<Option<Arc<dyn MemoryStore>>> {
+        MemoryDirectory::of(domain, beside)
+    }
+
+    /// The size of a memory image as it is stored, in bytes; `None` if it does not exist. Changes nothing.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for an address that this hypervisor does not read: an operation that
+    /// needs the image is then refused.
+    async fn memory_size(&self, image: &DiskAddress) -> Result<Option<u64>> {
+        MemoryDirectory::size(image)
+    }
+
     /// Reads a memory image and compares it with its checksums, before it is loaded. A copy that must be
     /// uncompressed for that is kept until the image is loaded, or until [`VmStateSaver::release_memory`]. It
     /// does not outlive this process.
@@ -400,10 +428,10 @@ pub trait VmStateSaver: Send + Sync {
     /// [`crate::ErrorKind::Corrupt`] with the first wrong place;
     /// [`crate::ErrorKind::NotFound`]; [`crate::ErrorKind::NoSpace`] if it cannot be
     /// uncompressed.
-    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
+    async fn check_memory(&self, image: &DiskAddress, progress: &dyn Progress) -> Result<()>;
 
     /// Releases what [`VmStateSaver::check_memory`] keeps of an image that is not going to be loaded.
-    async fn release_memory(&self, _file: &Utf8Path) -> Result<()> {
+    async fn release_memory(&self, _image: &DiskAddress) -> Result<()> {
         Ok(())
     }
 
@@ -449,12 +477,13 @@ pub trait VmStateSaver: Send + Sync {
     }
 
     /// Removes a memory image, and leftovers of a crash under its name. A missing image is not an error.
-    async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
+    async fn remove_memory(&self, image: &DiskAddress) -> Result<()>;
 
-    /// Lists which of these files running domains of this hypervisor have open without a lock that others
-    /// would meet, each with the domain's name.
-    async fn open_without_lock(&self, files: &HashSet<FileIdentity>) -> Result<Vec<(FileIdentity, String)>> {
-        let _ = files;
+    /// Lists which of these images running domains of this hypervisor have open without a lock that others
+    /// would meet, each with the domain's name. They are known by the identities that their backends give
+    /// ([`crate::backend::DiskSnapshotter::identity`]).
+    async fn open_without_lock(&self, images: &HashSet<DiskIdentity>) -> Result<Vec<(DiskIdentity, String)>> {
+        let _ = images;
         Ok(Vec::new())
     }
 }

@@ -63,8 +63,9 @@ pub enum DiskInstant {
 #[non_exhaustive]
 pub struct MemoryPlan {
     /// The memory image.
+    #[serde(rename = "file")]
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub image: DiskAddress,
     /// True if the guest runs meanwhile.
     pub live: bool,
     /// Time limit of pre-copy, in milliseconds, after which the guest is paused. It applies where the
@@ -74,8 +75,8 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// Plans the saving of memory.
-    pub fn new(file: impl Into<Utf8PathBuf>, live: bool, budget_ms: u64) -> Self {
-        Self { file: file.into(), live, budget_ms }
+    pub fn new(image: impl Into<DiskAddress>, live: bool, budget_ms: u64) -> Self {
+        Self { image: image.into(), live, budget_ms }
     }
 }
 
@@ -115,7 +116,7 @@ setters!(Restart {
 #[serde(rename_all = "kebab-case")]
 pub enum RestartSource {
     /// This memory image: the guest continues from its instant.
-    Memory(#[schemars(with = "String")] Utf8PathBuf),
+    Memory(#[schemars(with = "String")] DiskAddress),
     /// A boot, as after a reset.
     Boot,
     /// None: the domain is off.
@@ -129,8 +130,9 @@ pub enum DomainStep {
     /// Reads a memory image and compares it with its checksums, before anything is changed.
     CheckMemory {
         /// The memory image.
+        #[serde(rename = "file")]
         #[schemars(with = "String")]
-        file: Utf8PathBuf,
+        image: DiskAddress,
     },
     /// The cut of a snapshot: all disks, and memory, at one instant. The steps nested in it (which move
     /// configured paths) run while the guest is paused. Undo merges the overlays down again, with what the
@@ -154,8 +156,9 @@ pub enum DomainStep {
     /// Undo removes the image, also a partial one.
     SaveMemory {
         /// The memory image.
+        #[serde(rename = "file")]
         #[schemars(with = "String")]
-        file: Utf8PathBuf,
+        image: DiskAddress,
         /// The tag of its internal snapshot.
         tag: String,
         /// Compression level, 1 to 19; 0: none.
@@ -202,7 +205,7 @@ pub enum DomainStep {
     Continue {
         /// The memory image to load.
         #[schemars(with = "Option<String>")]
-        memory: Option<Utf8PathBuf>,
+        memory: Option<DiskAddress>,
         /// True if the guest is reset: its disks have changed and its memory is not restored.
         reset: bool,
         /// Power state afterwards; absent: the same as before the detached section, which the step that
@@ -212,8 +215,9 @@ pub enum DomainStep {
     /// Removes a memory image.
     RemoveMemory {
         /// The memory image.
+        #[serde(rename = "file")]
         #[schemars(with = "String")]
-        file: Utf8PathBuf,
+        image: DiskAddress,
     },
 }
 
@@ -223,8 +227,10 @@ pub enum DomainStep {
 pub struct Medium {
     /// The drive, by the hypervisor's name.
     pub drive: String,
-    /// The medium's file; absent: the drive is empty.
-    pub file: Option<String>,
+    /// The address of the medium, which the hypervisor reads; absent: the drive is empty.
+    #[serde(rename = "file")]
+    #[schemars(with = "Option<String>")]
+    pub address: Option<DiskAddress>,
     /// The medium's format, by the hypervisor's name.
     pub format: String,
     /// True if the guest can write it.
@@ -235,12 +241,12 @@ pub struct Medium {
 impl Medium {
     /// Makes an empty drive.
     pub fn new(drive: impl Into<String>, format: impl Into<String>) -> Self {
-        Self { drive: drive.into(), format: format.into(), file: None, writable: false }
+        Self { drive: drive.into(), format: format.into(), address: None, writable: false }
     }
 }
 
 setters!(Medium {
-    file: Option<String>,
+    address: Option<DiskAddress>,
     writable: bool,
 });
 

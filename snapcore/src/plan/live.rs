@@ -1,15 +1,16 @@
 //! The part of a plan for a running domain: the instant of a create, the detached section of a revert,
 //! memory.
 
-use camino::{Utf8Path, Utf8PathBuf};
+use std::sync::Arc;
 
 use super::Planner;
 use super::merged::{Merged, of_domain};
+use crate::address::DiskAddress;
 use crate::domain::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{
-    Control, DiskInstant, DomainInfo, DomainStep, HypervisorProfile, Medium, MemoryPlan, Obstacle,
-    PowerAfter, Quiesce, Restart, RestartSource,
+    Control, DiskInstant, DomainInfo, DomainStep, HypervisorProfile, Medium, MemoryPlan, MemoryStore,
+    Obstacle, PowerAfter, Quiesce, Restart, RestartSource,
 };
 use crate::name::Target;
 use crate::request::BUDGET;
@@ -30,8 +31,8 @@ pub(crate) struct RunningDomain<'a> {
     pub(crate) differs: Vec<String>,
     /// For a revert to a snapshot with memory: the media that are in other drives than then, or in none.
     pub(crate) media: Vec<Medium>,
-    /// The directory of memory images; absent: its disks are no local files, and the user named none.
-    pub(crate) memory_dir: Option<Utf8PathBuf>,
+    /// The place of memory images; absent: its disks are no local files, and the user named none.
+    pub(crate) memory: Option<Arc<dyn MemoryStore>>,
     /// The reason why its memory cannot be saved, if so.
     pub(crate) cannot_save_memory: Option<Obstacle>,
     /// The reason why its disks cannot be detached, if so.
@@ -60,11 +61,6 @@ impl RunningDomain<'_> {
             _ => Ok(()),
         }
     }
-}
-
-/// The file of a snapshot's memory image.
-pub(super) fn memory_file(directory: &Utf8Path, snapshot: &Snapshot) -> Utf8PathBuf {
-    directory.join(format!("{}.memory", snapshot.id))
 }
 
 impl Planner<'_> {
@@ -243,9 +239,9 @@ impl Planner<'_> {
             .filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }))
             .map(|(target, _)| target.clone())
             .collect();
-        let file = match (memory, &alive.memory_dir) {
+        let image = match (memory, &alive.memory) {
             (false, _) => None,
-            (true, Some(directory)) => Some(memory_file(directory, snapshot)),
+            (true, Some(store)) => Some(store.address_of(snapshot.id)),
             (true, None) => return Err(self.no_memory_dir()),
         };
         let message = match (memory, live) {
@@ -259,22 +255,22 @@ impl Planner<'_> {
         let instant = DomainStep::Instant {
             disks: instants,
             running: alive.seen.running,
-            memory: file.clone().map(|file| MemoryPlan { file, live, budget_ms }),
+            memory: image.clone().map(|image| MemoryPlan { image, live, budget_ms }),
             quiesce: request.quiesce,
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
         let nested = std::mem::take(&mut merged.nested);
         merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, message), nested });
-        if let Some(file) = file {
+        if let Some(image) = image {
             let tag = snapshot.name.as_str().to_owned();
             snapshot.memory =
-                Some(MemoryPoint { file: file.clone(), bytes: 0, full: None, running: alive.seen.running });
+                Some(MemoryPoint { image: image.clone(), bytes: 0, full: None, running: alive.seen.running });
             let configured = self.domain.control.as_ref().and_then(|control| control.compress);
             let compress = request.compress.or(configured).unwrap_or(0);
             let also = if compress > 0 { "compress it, " } else { "" };
-            let message = format!("wait for the memory image {file}, {also}and make it durable");
-            merged.cut.push(cut(of_domain(DomainStep::SaveMemory { file, tag, compress }, message)));
+            let message = format!("wait for the memory image {image}, {also}and make it durable");
+            merged.cut.push(cut(of_domain(DomainStep::SaveMemory { image, tag, compress }, message)));
         }
         if !external.is_empty() {
             let message = "update the hypervisor's block graph to the new file names";
@@ -301,8 +297,8 @@ impl Planner<'_> {
             false => PowerAfter::Paused,
         });
         let power = request.power.or(as_it_was);
-        let file = memory.map(|memory| memory.file.clone());
-        if let Some(file) = &file {
+        let image = memory.map(|memory| memory.image.clone());
+        if let Some(image) = &image {
             if let Some(alive) = self.alive
                 && !alive.differs.is_empty()
             {
@@ -321,14 +317,14 @@ impl Planner<'_> {
                      revert its disks alone with --off",
                 ));
             }
-            let message = format!("check the memory image {file}");
-            let check = of_domain(DomainStep::CheckMemory { file: file.clone() }, message);
+            let message = format!("check the memory image {image}");
+            let check = of_domain(DomainStep::CheckMemory { image: image.clone() }, message);
             merged.prepare.insert(0, PlanStep::Domain(check));
         }
         let Some(alive) = self.alive else {
-            return match (file, power) {
-                (Some(file), power) => {
-                    merged.finish.push(go_on(Some(file), false, power));
+            return match (image, power) {
+                (Some(image), power) => {
+                    merged.finish.push(go_on(Some(image), false, power));
                     Ok(())
                 }
                 (None, Some(PowerAfter::Running | PowerAfter::Paused)) => Err(self
@@ -347,9 +343,9 @@ impl Planner<'_> {
             .map(|disk| disk.target().clone())
             .collect();
         let power = power.or(Some(as_now(alive)));
-        let from = match (&file, off) {
+        let from = match (&image, off) {
             (_, true) => RestartSource::Off,
-            (Some(file), false) => RestartSource::Memory(file.clone()),
+            (Some(image), false) => RestartSource::Memory(image.clone()),
             (None, false) => RestartSource::Boot,
         };
         let recreated = alive.profile.recreates;
@@ -358,7 +354,7 @@ impl Planner<'_> {
             (detach(&disks, alive, Some(restart.clone())), attach(&disks, Some(restart.clone())));
         let mut end = match off {
             true => continuation(None, false, power),
-            false => continuation(file.clone(), file.is_none(), power),
+            false => continuation(image.clone(), image.is_none(), power),
         };
         if restart.recreated {
             (open.summary, attach.summary, end.summary) = recreated_texts(&restart, power);
@@ -373,12 +369,12 @@ impl Planner<'_> {
             merged.finish.insert(0, end);
             // The media come before the memory: the drives' state is restored from memory, and says that this
             // medium is inserted.
-            if file.is_some() && !alive.media.is_empty() {
+            if image.is_some() && !alive.media.is_empty() {
                 let message: Vec<String> = alive
                     .media
                     .iter()
-                    .map(|medium| match &medium.file {
-                        Some(file) => format!("insert the medium {file} into drive {}", medium.drive),
+                    .map(|medium| match &medium.address {
+                        Some(address) => format!("insert the medium {address} into drive {}", medium.drive),
                         None => format!("take the medium out of drive {}", medium.drive),
                     })
                     .collect();
@@ -405,8 +401,8 @@ impl Planner<'_> {
         };
         merged.finish.splice(0..0, section);
         for memory in doomed.iter().filter_map(|snapshot| snapshot.memory.as_ref()) {
-            let message = format!("remove the memory image {}", memory.file);
-            let remove = of_domain(DomainStep::RemoveMemory { file: memory.file.clone() }, message);
+            let message = format!("remove the memory image {}", memory.image);
+            let remove = of_domain(DomainStep::RemoveMemory { image: memory.image.clone() }, message);
             merged.finish.push(FinishUnit::Domain(remove));
         }
         Ok(())
@@ -459,7 +455,9 @@ fn recreated_texts(restart: &Restart, power: Option<PowerAfter>) -> (String, Str
     };
     let attach = match &restart.from {
         RestartSource::Off => "leave the domain destroyed".to_owned(),
-        RestartSource::Memory(file) => format!("restore the domain, paused, from the memory image {file}"),
+        RestartSource::Memory(image) => {
+            format!("restore the domain, paused, from the memory image {image}")
+        }
         RestartSource::Boot => "create the domain again, paused".to_owned(),
     };
     let end = match (&restart.from, power) {
@@ -484,17 +482,17 @@ fn attach(disks: &[Target], restart: Option<Restart>) -> HypervisorStep {
     of_domain(DomainStep::Attach { disks: disks.to_vec(), restart }, format!("reattach {}", names(disks)))
 }
 
-fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> FinishUnit {
+fn go_on(memory: Option<DiskAddress>, reset: bool, power: Option<PowerAfter>) -> FinishUnit {
     FinishUnit::Domain(continuation(memory, reset, power))
 }
 
-fn continuation(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> HypervisorStep {
+fn continuation(memory: Option<DiskAddress>, reset: bool, power: Option<PowerAfter>) -> HypervisorStep {
     let message = match (&memory, reset, power) {
         (_, _, Some(PowerAfter::Off)) => "end the domain's process".to_owned(),
-        (Some(file), _, Some(PowerAfter::Paused)) => {
-            format!("load the memory image {file}; the guest stays paused")
+        (Some(image), _, Some(PowerAfter::Paused)) => {
+            format!("load the memory image {image}; the guest stays paused")
         }
-        (Some(file), _, _) => format!("load the memory image {file} and resume the guest"),
+        (Some(image), _, _) => format!("load the memory image {image} and resume the guest"),
         (None, true, Some(PowerAfter::Paused)) => "reset the guest, which stays paused".to_owned(),
         (None, true, _) => "reset the guest".to_owned(),
         (None, false, _) => "resume the guest".to_owned(),

@@ -49,7 +49,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         seen: &seen,
         differs: Vec::new(),
         media: Vec::new(),
-        memory_dir: Some("/disks".into()),
+        memory: Some(std::sync::Arc::new(crate::hypervisor::MemoryDirectory::new("/disks"))),
         cannot_save_memory: None,
         cannot_detach: None,
     };

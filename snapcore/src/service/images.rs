@@ -237,6 +237,18 @@ pub(super) async fn disks_of(
     Ok((disks.into_iter().map(|(disk, _)| disk).collect(), notes))
 }
 
+/// Returns the identity of the image at an address: an inode, or for an address with a scheme what its
+/// backend gives. `None` if it does not exist, or this program has no backend of the scheme.
+pub(super) async fn identity_at(registry: &Registry, address: &DiskAddress) -> Result<Option<DiskIdentity>> {
+    match registry.of_scheme(address) {
+        Some(backend) => {
+            let disk = Disk::new(Target::new("vda")?, address.clone(), backend.format());
+            backend.identity(&disk).await
+        }
+        None => Ok(address.inode().map(DiskIdentity::Inode)),
+    }
+}
+
 /// Returns the identity that distinguishes a disk from every other. A format that no backend serves is
 /// detected when the disk is adopted.
 pub(super) async fn identity_of(registry: &Registry, disk: &Disk) -> Result<Option<DiskIdentity>> {

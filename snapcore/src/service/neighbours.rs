@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use camino::Utf8Path;
 
-use super::images::file_id;
+use super::images::{file_id, identity_at};
 use super::records::Records;
-use crate::address::{DiskAddress, FileIdentity};
+use crate::address::{DiskAddress, DiskIdentity};
 use crate::backend::Base;
 use crate::catalogue::{Change, EntrySummary};
 use crate::domain::{DiskRecord, Domain};
@@ -61,10 +61,11 @@ impl Neighbours {
     /// Adds to the states of `disks`, of the domain `own`, the images of other domains that are backed by
     /// their layers.
     pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [DiskInput]) -> Result<()> {
-        let mut layers: HashMap<FileIdentity, (usize, LayerName)> = HashMap::new();
+        let mut layers: HashMap<DiskIdentity, (usize, LayerName)> = HashMap::new();
         for (index, disk) in disks.iter().enumerate() {
             for layer in &disk.state.layers {
-                layers.extend(layer.address.inode().map(|id| (id, (index, layer.name.clone()))));
+                let identity = identity_at(&self.registry, &layer.address).await?;
+                layers.extend(identity.map(|id| (id, (index, layer.name.clone()))));
             }
         }
         for other in self.records.domains().await? {
@@ -79,8 +80,19 @@ impl Neighbours {
                 disk.state.undetermined.extend(undetermined.iter().cloned());
             }
             for Base { image, file } in bases {
-                let Some((index, layer)) = file.inode().and_then(|id| layers.get(&id)) else { continue };
-                if image.inode().is_some_and(|id| layers.contains_key(&id)) {
+                let (of_file, of_image) = match self.identities(&file, &image).await {
+                    Ok(identities) => identities,
+                    // It may be one of our layers.
+                    Err(error) => {
+                        let why = format!("what it is backed by, {file}, cannot be identified ({error})");
+                        for disk in disks.iter_mut() {
+                            disk.state.undetermined.push(Undetermined::new(image.clone(), why.clone()));
+                        }
+                        continue;
+                    }
+                };
+                let Some((index, layer)) = of_file.and_then(|id| layers.get(&id)) else { continue };
+                if of_image.is_some_and(|id| layers.contains_key(&id)) {
                     continue;
                 }
                 let Some(disk) = disks.get_mut(*index) else { continue };
@@ -89,6 +101,15 @@ impl Neighbours {
             }
         }
         Ok(())
+    }
+
+    /// Returns the identities of two images.
+    async fn identities(
+        &self,
+        one: &DiskAddress,
+        other: &DiskAddress,
+    ) -> Result<(Option<DiskIdentity>, Option<DiskIdentity>)> {
+        Ok((identity_at(&self.registry, one).await?, identity_at(&self.registry, other).await?))
     }
 
     /// Returns the bases of a domain's images.
@@ -114,8 +135,7 @@ impl Neighbours {
                 }
                 // An image that was removed needs nothing; one whose directory does not exist may be back
                 // tomorrow.
-                (Err(_), None)
-                    if path.inode().is_none() && path.directory().is_some_and(Utf8Path::exists) => {}
+                (Err(_), None) if self.is_gone(record).await => {}
                 (Err(error), None) => known.undetermined.push(Undetermined {
                     file: path.clone(),
                     why: format!(
@@ -133,10 +153,23 @@ impl Neighbours {
         known
     }
 
+    /// Returns true if a disk's image does not exist, although its place does.
+    async fn is_gone(&self, record: &DiskRecord) -> bool {
+        let address = &record.disk.address;
+        match (address.local(), self.registry.serving(&record.disk)) {
+            (Some(_), _) => address.inode().is_none() && address.directory().is_some_and(Utf8Path::exists),
+            (None, Ok(backend)) => backend.is_gone(record).await.unwrap_or(false),
+            (None, Err(_)) => false,
+        }
+    }
+
     /// Returns the bases of a disk's images, and true if all of them could be read, down to their bases.
     async fn read_bases(&self, record: &DiskRecord) -> Result<(Vec<Base>, bool)> {
         let found = self.registry.serving(&record.disk)?.bases(record).await?;
-        let whole = found.iter().all(|base| base.file.inode().is_some());
+        let mut whole = true;
+        for base in &found {
+            whole &= matches!(identity_at(&self.registry, &base.file).await, Ok(Some(_)));
+        }
         Ok((found, whole))
     }
 
@@ -190,12 +223,18 @@ fn add(
     {
         known.dependents.push(image.clone());
     }
-    let by_path = *layer == state.active
-        && file.name() == path.name()
-        && file.directory().and_then(file_id) == path.directory().and_then(file_id)
+    let by_path = *layer == state.active && names_path(file, path)
         // The layer has another name than the path.
         && path.local().is_none_or(|path| !path.ends_with(layer.as_str()));
     if by_path && !state.path_dependents.contains(image) {
         state.path_dependents.push(image.clone());
+    }
+}
+
+/// Returns true if a backing file is named by a disk's configured path.
+fn names_path(file: &DiskAddress, path: &DiskAddress) -> bool {
+    match (file.directory(), path.directory()) {
+        (Some(one), Some(other)) => file.name() == path.name() && file_id(one) == file_id(other),
+        _ => file == path,
     }
 }

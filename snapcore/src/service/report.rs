@@ -182,6 +182,9 @@ pub struct Details {
     /// The machine that it was taken on, in a line; absent where the domain did not run.
     #[serde(default)]
     pub machine: Option<String>,
+    /// True if its memory image does not exist any more.
+    #[serde(default)]
+    pub memory_gone: bool,
     /// State that the guest can write and that only the snapshot's memory contains: firmware variables, a
     /// TPM.
     #[serde(default)]

@@ -11,6 +11,7 @@ mod table;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 pub use self::catalogue::FakeCatalogue;
 pub use self::table::Rows;
@@ -91,13 +92,13 @@ impl Faults {
         self.state.lock().unwrap().0
     }
 
-    fn next(&self) -> usize {
+    pub fn next(&self) -> usize {
         let mut state = self.state.lock().unwrap();
         state.0 += 1;
         state.0
     }
 
-    async fn inject(&self, number: usize, when: When) -> Result<()> {
+    pub async fn inject(&self, number: usize, when: When) -> Result<()> {
         let how = {
             let state = self.state.lock().unwrap();
             state.1.iter().find(|f| f.number == number && f.when == when).map(|f| f.how.clone())
@@ -137,6 +138,33 @@ pub struct FakeBackend {
     pub rows: Option<Rows>,
     /// If set, each step that names a copy waits here for those of other disks.
     pub meeting: Option<Arc<Barrier>>,
+    /// If set, each step that names a copy takes this time.
+    pub slow: Option<Duration>,
+    /// The steps that name a copy and are under way.
+    pub under_way: Arc<UnderWay>,
+    /// For a test's hypervisor: the time of its last pause.
+    pub pause: Arc<Mutex<Duration>>,
+}
+
+/// Counts steps that are under way.
+#[derive(Debug, Default)]
+pub struct UnderWay(Mutex<(usize, usize)>);
+
+impl UnderWay {
+    fn begin(&self) {
+        let mut counts = self.0.lock().unwrap();
+        counts.0 += 1;
+        counts.1 = counts.1.max(counts.0);
+    }
+
+    fn end(&self) {
+        self.0.lock().unwrap().0 -= 1;
+    }
+
+    /// The most that were under way at once.
+    pub fn most(&self) -> usize {
+        self.0.lock().unwrap().1
+    }
 }
 
 impl FakeBackend {
@@ -156,7 +184,8 @@ impl FakeBackend {
 
     /// The same disks without faults, as the next process finds them.
     pub fn after_a_crash(&self) -> Self {
-        Self { disks: self.disks.clone(), rows: self.rows.clone(), ..Self::default() }
+        let (disks, rows, declared) = (self.disks.clone(), self.rows.clone(), self.declared.clone());
+        Self { disks, rows, declared, ..Self::default() }
     }
 
     pub fn write(&self, path: &Utf8PathBuf, data: u64) {
@@ -228,7 +257,9 @@ impl DiskSnapshotter for FakeBackend {
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
         match &self.rows {
             Some(rows) => Arc::new(rows.of(disk)),
-            None => Arc::new(ManifestDirectory::new(self.manifest_directory(disk))),
+            None => Arc::new(ManifestDirectory::new(
+                disk.path().with_file_name(format!("{}.domsnap", disk.address.name())),
+            )),
         }
     }
 
@@ -345,9 +376,14 @@ impl DiskSnapshotter for FakeBackend {
                 disk.aside.insert(key, disk.data);
             })?,
             Action::Tag { name } => {
+                self.under_way.begin();
                 if let Some(meeting) = &self.meeting {
                     meeting.wait().await;
                 }
+                if let Some(time) = self.slow {
+                    tokio::time::sleep(time).await;
+                }
+                self.under_way.end();
                 self.change(path, |disk| {
                     disk.tags.insert(name, disk.data);
                 })?;
@@ -412,10 +448,6 @@ impl DiskSnapshotter for FakeBackend {
         _: &[Point],
     ) -> Result<DeleteCost> {
         Ok(DeleteCost::new(512 * drop.len() as u64, 100 * drop.len() as u64))
-    }
-
-    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path().with_file_name(format!("{}.domsnap", disk.address.name()))
     }
 
     fn layer_address(&self, disk: &DiskRecord, _: &LayerName) -> DiskAddress {

@@ -31,6 +31,13 @@ impl Rows {
         self.rows().values().all(|row| row.domain.is_none() && row.snapshots.is_empty())
     }
 
+    /// Changes the manifests of all snapshots, as whoever owns them could.
+    pub fn change_snapshots(&self, change: impl Fn(&mut Snapshot)) {
+        for row in self.rows().values_mut() {
+            row.snapshots.values_mut().for_each(|(_, snapshot)| change(snapshot));
+        }
+    }
+
     fn rows(&self) -> MutexGuard<'_, BTreeMap<String, Row>> {
         self.0.lock().unwrap()
     }

@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{
     AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, GuestChange,
-    HypervisorProfile, Inside, LiveDomain, OpenChain, PowerAfter, SeenDisk, StartFromMemory, StepOutcome,
-    Taken, VmStateSaver,
+    HypervisorProfile, Inside, LiveDomain, MemoryDirectory, OpenChain, PowerAfter, SeenDisk, StartFromMemory,
+    StepOutcome, Taken, VmStateSaver,
 };
 use snapcore::{
-    Consistency, Domain, Error, ErrorKind, FileIdentity, Hypervisor, Result, Target, file_identity,
+    Consistency, DiskAddress, Domain, Error, ErrorKind, FileIdentity, Hypervisor, Result, Target,
+    file_identity,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -114,7 +115,8 @@ fn write_whole(file: &Utf8Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Reads a memory image.
-fn read_memory(file: &Utf8Path) -> Result<u64> {
+fn read_memory(image: &DiskAddress) -> Result<u64> {
+    let file = image.require_path()?;
     let bytes = fs::read(file).map_err(|cause| {
         let kind = match cause.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -131,7 +133,8 @@ fn read_memory(file: &Utf8Path) -> Result<u64> {
     }
 }
 
-fn remove_memory(file: &Utf8Path) -> Result<()> {
+fn remove_memory(image: &DiskAddress) -> Result<()> {
+    let file = image.require_path()?;
     match fs::remove_file(file) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
             Err(Error::new(ErrorKind::Io, format!("the memory image {file} cannot be removed"))
@@ -168,7 +171,8 @@ impl VmStateSaver for Fake {
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return Err(Error::new(ErrorKind::Usage, format!("{name:?} is not the name of a fake machine")));
         }
-        let memory_dir = control.memory_dir.as_ref().map(|memory| directory.join(memory));
+        let memory_dir = control.memory_dir.as_ref();
+        let memory_dir = memory_dir.map(|named| MemoryDirectory::read(named, directory)).transpose()?;
         Ok(control.memory_dir(memory_dir))
     }
 
@@ -194,8 +198,8 @@ impl VmStateSaver for Fake {
         Ok(found)
     }
 
-    async fn check_memory(&self, file: &Utf8Path, _: &dyn Progress) -> Result<()> {
-        read_memory(file).map(drop)
+    async fn check_memory(&self, image: &DiskAddress, _: &dyn Progress) -> Result<()> {
+        read_memory(image).map(drop)
     }
 
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
@@ -203,8 +207,8 @@ impl VmStateSaver for Fake {
         Err(Error::new(ErrorKind::Unsupported, format!("fake machines are not started; {name} is off")))
     }
 
-    async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
-        remove_memory(file)
+    async fn remove_memory(&self, image: &DiskAddress) -> Result<()> {
+        remove_memory(image)
     }
 }
 
@@ -279,7 +283,7 @@ impl Live {
         if let (Ok(()), Some(memory)) = (&taken, memory) {
             let mut bytes = number.to_le_bytes().to_vec();
             bytes.extend((!number).to_le_bytes());
-            write_whole(&memory.file, &bytes)?;
+            write_whole(memory.image.require_path()?, &bytes)?;
         }
         let goes_on = match then {
             Some(power) if taken.is_ok() => *power == PowerAfter::Running,
@@ -316,10 +320,10 @@ impl LiveDomain for Live {
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
         let mut facts = StepOutcome::default();
         match step {
-            DomainStep::CheckMemory { file } => read_memory(file).map(drop)?,
+            DomainStep::CheckMemory { image } => read_memory(image).map(drop)?,
             DomainStep::Instant { .. } => return self.take(step, context.inside).await,
-            DomainStep::SaveMemory { file, .. } => {
-                read_memory(file)?;
+            DomainStep::SaveMemory { image, .. } => {
+                read_memory(image)?;
                 facts.memory_bytes = Some(16);
             }
             DomainStep::ReopenByName { disks } => self.attach(disks, context.chains)?,
@@ -332,7 +336,7 @@ impl LiveDomain for Live {
                 facts.guest = Some(GuestChange::Ended);
             }
             DomainStep::Continue { memory, reset, power } => {
-                let loaded = memory.as_ref().map(|file| read_memory(file)).transpose()?;
+                let loaded = memory.as_ref().map(read_memory).transpose()?;
                 self.change(|machine| {
                     // A guest that goes on already has written: it keeps its memory.
                     let Some(ran) = machine.section.take() else { return };
@@ -345,7 +349,7 @@ impl LiveDomain for Live {
                     };
                 })?;
             }
-            DomainStep::RemoveMemory { file } => remove_memory(file)?,
+            DomainStep::RemoveMemory { image } => remove_memory(image)?,
             DomainStep::Media { .. } => {}
         }
         Ok(facts)
@@ -357,11 +361,11 @@ impl LiveDomain for Live {
                 // In an undo the nested work is the undo of the nested steps.
                 context.inside.run(None).await?;
                 if let Some(memory) = memory {
-                    remove_memory(&memory.file)?;
+                    remove_memory(&memory.image)?;
                 }
                 self.change(|machine| machine.running = *running)
             }
-            DomainStep::SaveMemory { file, .. } => remove_memory(file),
+            DomainStep::SaveMemory { image, .. } => remove_memory(image),
             DomainStep::Detach { disks, running, .. } => {
                 self.attach(disks, context.chains)?;
                 self.change(|machine| {

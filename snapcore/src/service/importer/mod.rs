@@ -12,8 +12,6 @@ mod restore;
 
 use std::sync::Arc;
 
-use camino::Utf8Path;
-
 use super::authority::{Authority, Leftovers, Manifests};
 use super::images::images_of;
 use super::records::Records;
@@ -22,7 +20,7 @@ use crate::catalogue::{Entry, Revision};
 use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
-use crate::hypervisor::Control;
+use crate::hypervisor::{Control, MemoryStore};
 use crate::manifest::DomainManifest;
 use crate::name::{DomainName, LayerName, SnapshotName};
 use crate::registry::Registry;
@@ -123,9 +121,9 @@ impl ImportSource {
     }
 
     /// Returns true if the catalogue has the memory image as the snapshot's.
-    fn has_memory(&self, snapshot: SnapshotId, file: &Utf8Path) -> bool {
+    fn has_memory(&self, snapshot: SnapshotId, image: &DiskAddress) -> bool {
         let known = self.known.as_ref().and_then(|entry| entry.tree.get(snapshot)?.memory.as_ref());
-        known.is_some_and(|memory| memory.file == file)
+        known.is_some_and(|memory| memory.image == *image)
     }
 }
 
@@ -192,7 +190,7 @@ impl Importer {
         let tree = SnapshotTree::new(snapshots);
         let current = current.filter(|id| tree.get(*id).is_some());
         let current = current.or(if restored.is_empty() { newest } else { None });
-        let Identity { name, unregistered, hypervisor, control, active_path, memory_dir } = identity;
+        let Identity { name, unregistered, hypervisor, control, active_path, memory } = identity;
         let domain = Domain {
             name,
             unregistered,
@@ -207,7 +205,7 @@ impl Importer {
         let follows = matched.manifest().map(DomainManifest::stamp);
         let entry = Entry { domain, tree, revision: Revision::ABSENT, follows };
         let unconfirmed = (!unconfirmed.is_empty())
-            .then(|| not_confirmed(&entry.domain, &matched.manifests, memory_dir.as_deref(), &unconfirmed));
+            .then(|| not_confirmed(&entry.domain, &matched.manifests, memory.as_deref(), &unconfirmed));
         Ok(Imported { entry, restored, adopted, notes, leftovers, unconfirmed })
     }
 }
@@ -216,15 +214,17 @@ impl Importer {
 fn not_confirmed(
     domain: &Domain,
     manifests: &Manifests,
-    memory_dir: Option<&Utf8Path>,
+    memory: Option<&dyn MemoryStore>,
     files: &[String],
 ) -> Error {
     let (place, images) = (manifests.place(), images_of(domain));
-    let memory_dir = memory_dir.map_or(place, Utf8Path::as_str);
+    let memory_place = memory.map_or(place, MemoryStore::place);
+    let is_directory = memory.is_none_or(|memory| memory.directory().is_some());
+    let kind = if is_directory { "directory" } else { "place" };
     Error::new(
         ErrorKind::Refused,
         format!(
-            "the manifests in {place} say that memory images are outside of {memory_dir}, the domain's directory \
+            "the manifests in {place} say that memory images are outside of {memory_place}, the domain's {kind} \
              for them: {}",
             files.join(", ")
         ),

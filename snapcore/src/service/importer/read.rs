@@ -1,15 +1,16 @@
 //! Reads the manifests beside disks, matches them with the disks, and identifies their domain.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
 use super::{ImportSource, Importer, Report};
 use crate::backend::is_gone_file;
 use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
-use crate::hypervisor::Control;
+use crate::hypervisor::{Control, MemoryStore};
 use crate::manifest::{DomainManifest, Found, Item};
 use crate::name::{DomainName, LayerName, Target};
 use crate::service::authority::{Leftovers, Manifests};
@@ -41,6 +42,17 @@ impl Matched {
             true => recorded.disk.target == disk.target,
             false => self.targets.get(&recorded.disk.target) == Some(&disk.target),
         })
+    }
+
+    /// The domain of the disks, as far as it is known before they are adopted.
+    fn described_as(&self, name: &DomainName, hypervisor: &Hypervisor, control: Option<&Control>) -> Domain {
+        let record = |disk: &Disk| {
+            let recorded = self.record_of(disk).map(|recorded| recorded.active.clone());
+            DiskRecord::new(disk.clone(), recorded.unwrap_or(LayerName(disk.address.name().to_owned())))
+        };
+        Domain::new(name.clone(), self.disks.iter().map(record).collect())
+            .hypervisor(hypervisor.clone())
+            .control(control.cloned())
     }
 
     /// Layers that may be no snapshot's own, which discovery must not take for snapshots. They are known only
@@ -76,8 +88,8 @@ pub(super) struct Identity {
     pub(super) control: Option<Control>,
     /// The placement of its active images.
     pub(super) active_path: ActivePath,
-    /// The directory of its memory images, where it has one.
-    pub(super) memory_dir: Option<Utf8PathBuf>,
+    /// The place of its memory images, where it has one.
+    pub(super) memory: Option<Arc<dyn MemoryStore>>,
 }
 
 impl Importer {
@@ -143,9 +155,10 @@ impl Importer {
                  this one"
             ));
         }
-        let memory_dir = control.as_ref().and_then(|control| control.memory_dir.clone());
-        let memory_dir = memory_dir.or_else(|| matched.manifests.directory().map(Utf8Path::to_owned));
-        Ok(Identity { name, unregistered, hypervisor, control, active_path, memory_dir })
+        let described = matched.described_as(&name, &hypervisor, control.as_ref());
+        // A place that the hypervisor does not have holds no image.
+        let memory = self.registry.memory_store(&described, matched.manifests.directory()).ok().flatten();
+        Ok(Identity { name, unregistered, hypervisor, control, active_path, memory })
     }
 
     /// Returns the connection to the domain, with its hypervisor.

@@ -156,7 +156,7 @@ impl Importer {
     }
 }
 
-/// Finds the memory image of a snapshot. One outside of the domain's directory for memory images must be
+/// Finds the memory image of a snapshot. One outside of the domain's place for memory images must be
 /// confirmed by the user, or known to the catalogue.
 fn find_memory(
     manifest: &DomainManifest,
@@ -166,19 +166,21 @@ fn find_memory(
     report: &mut Report,
 ) {
     let Some(memory) = &mut snapshot.memory else { return };
-    let is_known = matched.source.trust || matched.source.has_memory(snapshot.id, &memory.file);
-    if is_known || memory.file.parent() == identity.memory_dir.as_deref() {
+    let is_known = matched.source.trust || matched.source.has_memory(snapshot.id, &memory.image);
+    if is_known || identity.memory.as_ref().is_some_and(|store| store.holds(&memory.image)) {
         return;
     }
-    let beside = matched.manifests.directory().zip(memory.file.file_name());
+    // Only a file can have been moved with its directory.
+    let file = memory.image.local();
+    let beside = matched.manifests.directory().zip(file.and_then(Utf8Path::file_name));
     let here = beside.map(|(directory, name)| directory.join(name)).filter(|here| {
         here.symlink_metadata().is_ok_and(|about| about.is_file())
-            && !moved_from_elsewhere(manifest, &memory.file)
+            && file.is_some_and(|file| !moved_from_elsewhere(manifest, file))
     });
     match here {
         // The directory was moved or copied, and the image with it.
-        Some(here) => memory.file = here,
-        None => report.unconfirmed.push(format!("{} ({})", snapshot.name, memory.file)),
+        Some(here) => memory.image = here.into(),
+        None => report.unconfirmed.push(format!("{} ({})", snapshot.name, memory.image)),
     }
 }
 

@@ -79,7 +79,7 @@ impl Locator {
     ) -> Result<DomainInfo> {
         let control = self.read_control(hypervisor, control)?;
         let mut seen = self.registry.hypervisor(hypervisor)?.look(&control).await?;
-        self.know_disks(&mut seen);
+        self.know_disks(&mut seen).await;
         Ok(seen)
     }
 
@@ -119,7 +119,7 @@ impl Locator {
         for saver in self.registry.hypervisors() {
             let hypervisor = saver.profile().name;
             for (control, mut seen) in saver.scan().await? {
-                self.know_disks(&mut seen);
+                self.know_disks(&mut seen).await;
                 found.push(Scanned { hypervisor: hypervisor.clone(), control, seen });
             }
         }
@@ -128,11 +128,9 @@ impl Locator {
 
     /// Corrects each disk's description to the catalogue's. A hypervisor may know an active image by its
     /// permanent name, and a disk by the format that it opens it with.
-    fn know_disks(&self, seen: &mut DomainInfo) {
+    async fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
-            if let Some(open) = disk.address.local() {
-                disk.address = self.registry.configured_path(open).into();
-            }
+            disk.address = self.registry.configured_address(&disk.target, &disk.address).await;
             if let Some(backend) = self.registry.recognise(&disk.address, Some(&disk.format)) {
                 disk.format = backend.to_owned();
             }

@@ -5,7 +5,7 @@ use crate::address::DiskAddress;
 use crate::domain::Hypervisor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::DomainName;
-use crate::service::images::images_of;
+use crate::service::images::{identity_at, images_of};
 
 impl Locator {
     /// The domain of the catalogue that is reached at an address.
@@ -53,13 +53,22 @@ impl Locator {
     /// Refuses an image that is, under any name, a layer of a domain of the catalogue. Otherwise it would
     /// have two owners that do not know of each other.
     async fn refuse_layers(&self, paths: &[DiskAddress]) -> Result<()> {
-        let given: Vec<_> = paths.iter().filter_map(|path| Some((path, path.inode()?))).collect();
+        let mut given = Vec::new();
+        for path in paths {
+            given.extend(identity_at(&self.registry, path).await?.map(|identity| (path, identity)));
+        }
         for known in self.records.domains().await? {
             let domain = known.domain;
             for record in &domain.disks {
                 let Ok(backend) = self.registry.serving(&record.disk) else { continue };
                 for layer in &record.owned {
-                    let Some(id) = backend.layer_address(record, layer).inode() else { continue };
+                    let address = backend.layer_address(record, layer);
+                    // Storage that has none of the given images is not asked: it may be out of reach.
+                    let scheme = |address: &DiskAddress| address.named().map(|(scheme, _)| scheme.to_owned());
+                    if !given.iter().any(|(path, _)| scheme(path) == scheme(&address)) {
+                        continue;
+                    }
+                    let Some(id) = identity_at(&self.registry, &address).await? else { continue };
                     if let Some((path, _)) = given.iter().find(|(_, other)| *other == id) {
                         return Err(Error::new(
                             ErrorKind::Refused,

@@ -1,6 +1,5 @@
 //! Plans a request, and runs the plan.
 
-use confined_files::Directory;
 use tokio_util::sync::CancellationToken;
 
 use super::{Locked, Operator};
@@ -13,8 +12,7 @@ use crate::event::Event;
 use crate::request::Request;
 use crate::service::authority::Manifests;
 use crate::service::locator::{Live, Located};
-use crate::service::planning::Watched;
-use crate::service::planning::{chains_of, memory_directory_of};
+use crate::service::planning::{Watched, chains_of};
 use crate::shape::Plan;
 
 impl Operator {
@@ -86,7 +84,9 @@ impl Operator {
         if let Some(live) = live {
             live.preflight(&plan, &chains_of(&self.registry, &entry.domain).await?, true).await?;
         }
-        prepare_memory_dir(&plan)?;
+        if let Some(memory) = self.planning.memory_made_by(&plan, &entry.domain)? {
+            memory.prepare().await?;
+        }
         if let (Some(live), Request::Delete(delete)) = (live, request) {
             live.limit(delete.limit);
         }
@@ -151,15 +151,4 @@ fn may_lag(request: &Request, manifests: &Manifests, error: Error) -> Result<()>
         // The manifests would still promise the data that is destroyed.
         Request::Delete(_) | Request::Tidy => Err(error.state("no changes made")),
     }
-}
-
-/// Makes the directory for the plan's memory image, for its owner alone.
-fn prepare_memory_dir(plan: &Plan) -> Result<()> {
-    let Some(directory) = memory_directory_of(plan) else { return Ok(()) };
-    Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {
-        Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
-            .because(cause)
-            .state("no changes made")
-            .advise("make it, or name another one with --memory-dir when the domain is registered")
-    })
 }

@@ -1,13 +1,13 @@
 //! The planner's knowledge of a running domain.
 
-use camino::{Utf8Path, Utf8PathBuf};
+use std::sync::Arc;
 
 use super::Planning;
 use crate::catalogue::Entry;
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{DomainStep, MemoryPlan, OpenChain};
+use crate::hypervisor::{DomainStep, MemoryStore, OpenChain};
 use crate::plan::RunningDomain;
 use crate::registry::Registry;
 use crate::request::Request;
@@ -36,19 +36,50 @@ impl Planning {
             seen: live.seen(),
             differs,
             media,
-            memory_dir: self.memory_dir(&entry.domain)?,
+            memory: self.memory_store(&entry.domain)?,
             cannot_save_memory: live.cannot_save_memory(),
             cannot_detach: live.cannot_detach(),
         })
     }
 
-    /// The directory for the domain's memory images: the one that the user named, or the one of its
-    /// manifests, if they are in one.
-    fn memory_dir(&self, domain: &Domain) -> Result<Option<Utf8PathBuf>> {
-        if let Some(directory) = domain.control.as_ref().and_then(|control| control.memory_dir.clone()) {
-            return Ok(Some(directory));
+    /// The place of the domain's memory images.
+    fn memory_store(&self, domain: &Domain) -> Result<Option<Arc<dyn MemoryStore>>> {
+        self.registry.memory_store(domain, self.authority.manifests(domain)?.directory())
+    }
+
+    /// The place of the memory image that a plan makes, if it makes one.
+    pub(in crate::service) fn memory_made_by(
+        &self,
+        plan: &Plan,
+        domain: &Domain,
+    ) -> Result<Option<Arc<dyn MemoryStore>>> {
+        let makes_memory = |step: &DomainStep| matches!(step, DomainStep::Instant { memory: Some(_), .. });
+        match plan.domain_steps().any(makes_memory) {
+            true => self.memory_store(domain),
+            false => Ok(None),
         }
-        Ok(self.authority.manifests(domain)?.directory().map(Utf8Path::to_owned))
+    }
+
+    /// Refuses a plan that needs a memory image at an address which the domain's hypervisor does not read.
+    pub(super) async fn refuse_unread_memory(&self, plan: &Plan, domain: &Domain) -> Result<()> {
+        for step in plan.domain_steps() {
+            let (DomainStep::CheckMemory { image } | DomainStep::RemoveMemory { image }) = step else {
+                continue;
+            };
+            // A file that cannot be looked at is reported by the step.
+            if image.named().is_none() {
+                continue;
+            }
+            if let Err(error) = self.registry.memory_size(domain, image).await
+                && error.kind() == ErrorKind::Unsupported
+            {
+                return Err(error
+                    .context(format!("the memory image {image}"))
+                    .state("no changes made")
+                    .advise("use a domsnap whose hypervisor reads this address"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -98,13 +129,4 @@ pub(in crate::service) async fn chains_of(registry: &Registry, domain: &Domain) 
         chains.push(OpenChain { target: record.disk.target.clone(), layers });
     }
     Ok(chains)
-}
-
-/// The directory of the memory image that a plan makes.
-pub(in crate::service) fn memory_directory_of(plan: &Plan) -> Option<Utf8PathBuf> {
-    let memory = plan.domain_steps().find_map(|step| match step {
-        DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. } => Some(file),
-        _ => None,
-    });
-    memory.and_then(|file| file.parent()).map(Utf8Path::to_owned)
 }

@@ -21,7 +21,7 @@ use crate::registry::Registry;
 use crate::request::{CreateDisk, Request};
 use crate::shape::Plan;
 
-pub(super) use live::{chains_of, memory_directory_of};
+pub(super) use live::chains_of;
 pub(super) use notes::{outside, shared};
 pub(super) use users::{Watched, Watcher};
 

@@ -24,7 +24,6 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
 use super::Planning;
-use super::live::memory_directory_of;
 use super::probe::{MAKE_ROOM, Needs, Probe, no_room};
 use crate::backend::{AdviceOn, FileUses};
 use crate::domain::{DiskRecord, Domain};
@@ -101,7 +100,12 @@ impl Planning {
             works.add(record, &uses);
         }
         manifests_can_go(manifests, plan)?;
-        works.memory = memory_directory_of(plan);
+        self.refuse_unread_memory(plan, domain).await?;
+        let memory = self.memory_made_by(plan, domain)?;
+        if let Some(memory) = &memory {
+            memory.preflight().await?;
+        }
+        works.memory = memory.and_then(|memory| memory.directory().map(Utf8Path::to_owned));
         works.manifests = manifests.directory().map(Utf8Path::to_owned);
         let (room, plan, records) = (manifests_room(domain, plan), plan.clone(), domain.disks.clone());
         tokio::task::spawn_blocking(move || works.check(&plan, &records, room, dry)).await.map_err(

@@ -69,7 +69,15 @@ impl Viewer {
         let members = self.members(&entry, &snapshot).await?;
         let machine = snapshot.machine.as_deref().and_then(|id| entry.domain.machine(id));
         let record = machine.map(|machine| &machine.record);
+        let memory_gone = match &snapshot.memory {
+            // An image that cannot be looked at may well be there.
+            Some(memory) => {
+                matches!(self.registry.memory_size(&entry.domain, &memory.image).await, Ok(None))
+            }
+            None => false,
+        };
         Ok(Details {
+            memory_gone,
             outside: outside(&self.registry, &entry.domain, record),
             shared: shared(&self.registry, &entry.domain, record),
             current: entry.domain.current == Some(snapshot.id),

@@ -40,8 +40,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use self::kernel::{Locks, User, Users, users_of};
-use crate::address::FileIdentity;
-use crate::address::is_device;
+use crate::address::{DiskAddress, DiskIdentity, FileIdentity, is_device};
 use crate::backend::StepNeed;
 use crate::domain::{DiskRecord, Domain, Hypervisor};
 use crate::engine::Watch;
@@ -50,7 +49,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::DomainStep;
 use crate::name::Target;
 use crate::registry::Registry;
-use crate::service::images::file_id;
+use crate::service::images::{file_id, identity_at};
 use crate::service::locator::Live;
 use crate::shape::Plan;
 use crate::step::Step;
@@ -326,25 +325,59 @@ impl Watcher {
         live: Option<&Live>,
     ) -> Result<()> {
         let watched = self.watched(domain, live, None).await?;
-        let mut wanted: HashSet<FileIdentity> = watched.files.keys().copied().collect();
+        let files = watched.files.into_iter();
+        let mut wanted: HashMap<DiskIdentity, (Target, DiskAddress)> =
+            files.map(|(file, (target, path))| (DiskIdentity::Inode(file), (target, path.into()))).collect();
         for record in &domain.disks {
-            if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
-                let open = attached.open_files().await?;
-                wanted.retain(|file| !open.contains(file));
+            if record.disk.local().is_none() {
+                self.add_named(record, &mut wanted).await?;
             }
         }
-        match self.open_without_lock(&wanted).await? {
+        for record in &domain.disks {
+            if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
+                let (open, mut others) = (attached.open_files().await?, HashMap::new());
+                for (image, place) in wanted {
+                    let is_open = match &image {
+                        DiskIdentity::Inode(file) => open.contains(file),
+                        DiskIdentity::Named(_) => attached.has_open(&image).await?,
+                    };
+                    if !is_open {
+                        others.insert(image, place);
+                    }
+                }
+                wanted = others;
+            }
+        }
+        match self.open_without_lock(&wanted.keys().cloned().collect()).await? {
             Some((identity, open)) => {
-                let Some((target, file)) = watched.files.get(&identity) else { return Ok(()) };
-                Err(open.error(&format!("disk {target}: {file}")))
+                let Some((target, address)) = wanted.get(&identity) else { return Ok(()) };
+                Err(open.error(&format!("disk {target}: {address}")))
             }
             None => Ok(()),
         }
     }
 
+    /// Adds the layers of a disk that is no file of this machine.
+    async fn add_named(
+        &self,
+        record: &DiskRecord,
+        wanted: &mut HashMap<DiskIdentity, (Target, DiskAddress)>,
+    ) -> Result<()> {
+        let Ok(backend) = self.registry.serving(&record.disk) else { return Ok(()) };
+        let layers = record.owned.iter().chain([&record.active]);
+        let layers = layers.map(|layer| backend.layer_address(record, layer));
+        for address in layers.chain([record.disk.address.clone()]) {
+            if let Some(identity) = identity_at(&self.registry, &address).await? {
+                wanted.entry(identity).or_insert((record.disk.target.clone(), address));
+            }
+        }
+        Ok(())
+    }
+
     pub(in crate::service) async fn require_closed(&self, image: &Utf8Path) -> Result<()> {
         let Some(identity) = file_id(image) else { return Ok(()) };
-        if let Some((_, open)) = self.open_without_lock(&HashSet::from([identity])).await? {
+        let image_identity = DiskIdentity::Inode(identity);
+        if let Some((_, open)) = self.open_without_lock(&HashSet::from([image_identity])).await? {
             return Err(open.error(image.as_str()));
         }
         let target = Target::new("vda")?;
@@ -360,13 +393,13 @@ impl Watcher {
         watched.refuse_users().await.map(drop)
     }
 
-    /// The first of these files that a running domain has open without a lock, and where.
+    /// The first of these images that a running domain has open without a lock, and where.
     async fn open_without_lock(
         &self,
-        files: &HashSet<FileIdentity>,
-    ) -> Result<Option<(FileIdentity, OpenElsewhere)>> {
+        images: &HashSet<DiskIdentity>,
+    ) -> Result<Option<(DiskIdentity, OpenElsewhere)>> {
         for saver in self.registry.hypervisors() {
-            let mut found = saver.open_without_lock(files).await?.into_iter();
+            let mut found = saver.open_without_lock(images).await?.into_iter();
             if let Some((identity, user)) = found.next() {
                 return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.profile().name })));
             }
