@@ -12,12 +12,14 @@
 //! | [`chain`] | the planner of disks that are chains of files |
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
+//! | `base` | images of other formats at which a chain ends ([`BaseFormat`]) |
 //! | `file_steps`, `salvage` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
 
 mod attached;
+mod base;
 mod blocking;
 pub mod chain;
 mod configured_path;
@@ -35,6 +37,7 @@ mod salvage;
 mod size;
 
 pub use attached::{AttachedRun, merge_attached};
+pub use base::{BaseFormat, BaseImage, Bases};
 pub use blocking::{blocking, in_place};
 pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
@@ -43,5 +46,5 @@ pub use disk_locks::{DiskLocks, ImageLocks, is_held_by_others};
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use lock::{LockError, LockMode, is_locked, lock};
-pub use luks::is_luks;
+pub use luks::{LUKS, is_luks};
 pub use size::{size_at, size_of};

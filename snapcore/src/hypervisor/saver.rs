@@ -12,7 +12,7 @@ use super::step::{PowerAfter, StepOutcome};
 use crate::address::{DiskAddress, FileIdentity};
 use crate::backend::Progress;
 use crate::domain::{Domain, Hypervisor};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
 
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
@@ -94,6 +94,14 @@ pub struct SeenDisk {
     /// general one is reported.
     #[serde(skip)]
     pub if_missing: Option<Obstacle>,
+    /// Bytes of the disk that the guest sees. Absent: unknown.
+    #[serde(skip)]
+    pub bytes: Option<u64>,
+    /// Bytes from the beginning of its lowest image's file that the hypervisor shows, if it was told to show
+    /// only them: a part of the file. Absent: it shows the whole file, as its format says. A backend must
+    /// confirm that this part is the disk ([`crate::backend::DiskSnapshotter::require_shown`]).
+    #[serde(skip)]
+    pub part: Option<u64>,
 }
 
 impl SeenDisk {
@@ -104,11 +112,28 @@ impl SeenDisk {
             address: address.into(),
             format: format.into(),
             if_missing: None,
+            bytes: None,
+            part: None,
             left_out: None,
             guest_writes: false,
             member: None,
             no_internal: None,
         }
+    }
+}
+
+impl SeenDisk {
+    /// The refusal of a disk of which the hypervisor shows a part of a file that no backend knows.
+    pub fn only_a_part(&self) -> Error {
+        Error::new(
+            ErrorKind::Refused,
+            format!("disk {} ({}): its node is a slice of a file (offset or size)", self.target, self.address),
+        )
+        .state("no changes made")
+        .advise(
+            "if the file is a fixed VHD, its size in QEMU must be the VHD's; or serve it to QEMU with `domsnap disk \
+             serve FILE,format=vhd`",
+        )
     }
 }
 
@@ -118,6 +143,8 @@ setters!(SeenDisk {
     member: Option<Target>,
     no_internal: Option<String>,
     if_missing: Option<Obstacle>,
+    bytes: Option<u64>,
+    part: Option<u64>,
 });
 
 /// Description of a running domain by its hypervisor.
