@@ -161,10 +161,9 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
         ensure!(left.is_none(), "{}: {left:?} is left", at());
         // QEMU writes the VHD again: what the guest flushes is in it.
         live.guest.sync()?;
-        let check = ["-q", "-U", "-c", "read 0 512"];
         let format = if kind == Vhd::Fixed { "raw" } else { "vpc" };
         let mut read = Command::new("qemu-io");
-        read.args(["-f", format, "-r"]).args(check).arg(&path).stdout(Stdio::null());
+        read.args(["-f", format, "-r", "-U", "-c", "read 0 512"]).arg(&path).stdout(Stdio::null());
         ensure!(read.status()?.success(), "{}: the VHD cannot be read", at());
     }
     ensure!(undone > 0 && taken > 0, "undone: {undone}, taken: {taken}");
