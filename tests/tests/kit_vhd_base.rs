@@ -101,6 +101,10 @@ impl TestBackend for Overlays {
         false
     }
 
+    fn has_bases(&self) -> bool {
+        true
+    }
+
     fn offers(&self, method: &str) -> bool {
         if method == "internal" {
             eprintln!("no internal points here: they are in the overlay, and backend-qcow2 tries them");

@@ -76,12 +76,11 @@ fn disk_goes_on_in_qcow2_overlays() -> Result<()> {
         place.done(&["delete", "web", "s2", "s4"])?;
         ensure!(shown(&path_of(&place)?)? == current, "{kind}: after the delete");
         place.done(&["check", "web"])?;
-        // Without the catalogue: from the chain alone.
+        // Without the catalogue: from the chain, and the manifests beside it.
         let path = path_of(&place)?;
-        let (other, image) = (place.text("other"), format!("{},format=qcow2", path.display()));
-        let imported = place.done(&["--state-dir", &other, "import", &image])?;
-        let listed = place.done(&["--state-dir", &other, "disk", "check", &path.display().to_string()]);
-        ensure!(listed.is_ok() || imported.stdout.contains("qcow2"), "{kind}: {imported}");
+        fs::rename(place.file("state"), place.file("lost"))?;
+        place.done(&["import", &format!("{},format=qcow2", path.display())])?;
+        place.done(&["check", "web"])?;
         place.done(&["revert", "web", "s1"])?;
         ensure!(shown(&path_of(&place)?)? == first, "{kind}: s1 at the end");
         place.done(&["delete", "web", "s1", "s3"])?;
