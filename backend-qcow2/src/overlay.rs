@@ -1,14 +1,14 @@
-//! qcow2 overlays on images of other formats: the image of a disk is frozen, and the overlay receives all later
-//! writes. From the commit point on, the disk belongs to this crate's backend; the image below is its base,
-//! which is read, and never written, merged away or removed.
+//! qcow2 overlays on images of other formats: the image of a disk is frozen, and the overlay receives all
+//! later writes. From the commit point on, the disk belongs to this crate's backend; the image below is its
+//! base, which is read, and never written, merged away or removed.
 //!
 //! | step | durable before what |
 //! |---|---|
 //! | create an overlay | the whole file under a temporary name, before it gets its own; that, before the commit |
 //!
-//! **What the domain wrote between a crash and the recovery.** The overlay of a create on a running domain has
-//! the guest's writes since the instant. If that create is undone and no hypervisor is left that could merge
-//! them, the overlay is saved as `rescued-<layer>`.
+//! **What the domain wrote between a crash and the recovery.** The overlay of a create on a running domain
+//! has the guest's writes since the instant. If that create is undone and no hypervisor is left that could
+//! merge them, the overlay is saved as `rescued-<layer>`.
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::layer_path;
@@ -20,10 +20,10 @@ use snapcore::{DiskRecord, Edit, Error, ErrorKind, LayerName, Point, Result};
 use crate::backing_string::resolve_backing;
 use crate::image::{self, Backing, Image, NewImage, OpenOptions};
 
-/// Adds to `plan` what makes the overlay `layer` the disk's image: the instant of a running domain, the edits
-/// of the commit point, and the note. A step that makes the overlay is planned before. `base` names the frozen
-/// image among the layers of the disk; with `is_kept` the record goes on to list it, so that a chain may lead
-/// there.
+/// Adds to `plan` what makes the overlay `layer` the disk's image: the instant of a running domain, the
+/// edits of the commit point, and the note. A step that makes the overlay is planned before. `base` names
+/// the frozen image among the layers of the disk; with `is_kept` the record goes on to list it, so that a
+/// chain may lead there.
 pub fn freeze_under<A>(
     plan: &mut DiskPlan<A>,
     record: &DiskRecord,

@@ -119,8 +119,8 @@ pub(crate) fn size_in_qemu(image: &Vhd) -> Result<u64> {
 
 /// Returns the bytes of the disk of a fixed VHD that is a `raw` base, or nothing if the file is no such one.
 ///
-/// The last sector of a raw disk is the guest's, who can write a footer there. So the sizes of the layers on it
-/// decide: an overlay on a fixed VHD ends before the footer.
+/// The last sector of a raw disk is the guest's, who can write a footer there. So the sizes of the layers on
+/// it decide: an overlay on a fixed VHD ends before the footer.
 fn fixed_size(file: &Utf8Path, above: &[u64]) -> Result<Option<u64>> {
     let length = size_at(file)
         .map_err(|error| image_files::names::io_error(error, format!("cannot look at {file}")))?;

@@ -1,6 +1,6 @@
 //! A VHD that QEMU reads by itself, frozen under a qcow2 overlay. QEMU's driver writes VHDs and makes no
-//! children of them; the overlay gets the disk's later writes, and the disk is one of backend-qcow2 from then on
-//! ([`backend_qcow2::freeze_under`]).
+//! children of them; the overlay gets the disk's later writes, and the disk is one of backend-qcow2 from
+//! then on ([`backend_qcow2::freeze_under`]).
 
 use camino::Utf8Path;
 use image_files::chain::{self, ChainStep};

@@ -380,8 +380,8 @@ fn partial_child_is_reported_and_its_copy_is_whole() {
     assert_eq!(worst(&copy, true), None);
 }
 
-/// A deep chain shows what its layers do, in any order of reads, also between writes to its top, and beyond the
-/// ends of layers that are smaller than those above.
+/// A deep chain shows what its layers do, in any order of reads, also between writes to its top, and beyond
+/// the ends of layers that are smaller than those above.
 #[test]
 fn deep_chain_is_read_as_its_layers() {
     let place = Place::new();
@@ -404,7 +404,7 @@ fn deep_chain_is_read_as_its_layers() {
         maker.write(&paths[number]);
     }
     let top = paths[paths.len() - 1].clone();
-    let files: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let files: Vec<&Path> = paths.iter().rev().map(PathBuf::as_path).collect();
     let mut model = Reference::open(&files).read();
     let mut chain = Chain::open(&top, &ChainOptions::read_write()).unwrap();
     for _ in 0..400 {

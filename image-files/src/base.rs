@@ -1,8 +1,8 @@
 //! Images of other formats at which a chain of layers ends.
 //!
-//! A chain of one format may stand on an image of another: qcow2 overlays on a raw file, or on a VHD. That image
-//! is only read. A format of which this crate knows nothing is read by a [`BaseFormat`] that the program gives
-//! to the backend of the chain.
+//! The lowest layer of a chain may have a backing file of another format: qcow2 overlays on a raw file, or
+//! on a VHD. That image is only read. A format of which this crate knows nothing is read by a [`BaseFormat`]
+//! that the program gives to the backend of the chain.
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,9 +25,9 @@ pub trait BaseImage: Send + Sync {
 
 /// Reads base images of one more format.
 pub trait BaseFormat: fmt::Debug + Send + Sync {
-    /// Returns the bytes of the disk that the image shows, or nothing if it is not of this format. `format` is
-    /// the one that the layers above state, and `above` has their sizes in bytes. A `raw` image may be of this
-    /// format only if those sizes agree: what a guest writes to its disk must not decide it.
+    /// Returns the bytes of the disk that the image shows, or nothing if it is not of this format. `format`
+    /// is the one that the layers above state, and `above` has their sizes in bytes. A `raw` image may be of
+    /// this format only if those sizes agree: what a guest writes to its disk must not decide it.
     ///
     /// # Errors
     /// [`snapcore::ErrorKind::Refused`] if programs that open the chain would not show what the image holds;

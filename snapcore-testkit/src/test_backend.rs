@@ -64,8 +64,8 @@ pub trait TestBackend: Send + Sync + 'static {
         true
     }
 
-    /// Returns true if the disks of [`TestBackend::make`] stand on images that are no snapshots. An import adopts
-    /// such an image as one, so what is imported is not what was there.
+    /// Returns true if the disks of [`TestBackend::make`] have backing files that are no snapshots. An
+    /// import adopts such a file as one, so what is imported is not what was there.
     fn has_bases(&self) -> bool {
         false
     }

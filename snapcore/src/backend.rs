@@ -355,9 +355,9 @@ pub trait DiskSnapshotter: Send + Sync {
         open_format == Some(self.format())
     }
 
-    /// Refuses a disk that a hypervisor reads by its own driver and shows the guest otherwise than this backend
-    /// reads it: with another format, another size, or as another part of the file. `seen` is the disk as the
-    /// hypervisor has it open, and was not asked of a server that reads the format itself.
+    /// Refuses a disk that a hypervisor reads by its own driver and shows the guest otherwise than this
+    /// backend reads it: with another format, another size, or as another part of the file. `seen` is the
+    /// disk as the hypervisor has it open, and was not asked of a server that reads the format itself.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`], with advice; those of the image.

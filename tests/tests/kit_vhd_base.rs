@@ -1,5 +1,5 @@
-//! The behaviour kit on qcow2 overlays whose base is a VHD, as a disk has it that QEMU read by itself: a fixed
-//! and a dynamic one in turns. qemu-io is the guest's hands, and qemu-img its eyes.
+//! The behaviour kit on qcow2 overlays whose base is a VHD, as a disk has it that QEMU read by itself: a
+//! fixed and a dynamic one in turns. qemu-io is the guest's hands, and qemu-img its eyes.
 
 use std::ffi::OsStr;
 use std::process::{Command, ExitCode};

@@ -282,8 +282,9 @@ fn served_raw_file_has_copies_and_no_overlay() -> Result<()> {
     Ok(())
 }
 
-/// A VHD that QEMU has open itself gets an overlay under a new path alone: the refusal says so, and how the disk
-/// is served. A child is refused because QEMU shows zeros, and so is what QEMU shows otherwise than it is.
+/// A VHD that QEMU has open itself gets an overlay under a new path alone: the refusal says so, and how the
+/// disk is served. A child is refused because QEMU shows zeros, and so is what QEMU shows otherwise than it
+/// is.
 #[test]
 fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
     let directory = tempfile::Builder::new().prefix("domsnap-vpc-").tempdir()?;

@@ -1,5 +1,5 @@
-//! A running guest whose disk is a VHD that QEMU opens by itself: a fixed one as `raw` with a size, a dynamic one
-//! by the driver `vpc`. It goes on under a qcow2 overlay, and its VHD is the base.
+//! A running guest whose disk is a VHD that QEMU opens by itself: a fixed one as `raw` with a size, a
+//! dynamic one by the driver `vpc`. It goes on under a qcow2 overlay, and its VHD is the base.
 
 use std::fs;
 use std::path::Path;
@@ -120,8 +120,8 @@ fn dynamic_vhd_has_snapshots_of_disks_alone_under_an_older_qemu() -> Result<()> 
     dynamic(Version::Old)
 }
 
-/// domsnap is killed at each step of the create that puts the overlay on the VHD. `recover` gives the guest its
-/// VHD back, or completes the snapshot.
+/// domsnap is killed at each step of the create that puts the overlay on the VHD. `recover` gives the guest
+/// its VHD back, or completes the snapshot.
 fn killed(kind: Vhd, every: usize) -> Result<()> {
     let args = ["create", NAME, "x", "--disk-only", "--external"];
     let steps = {

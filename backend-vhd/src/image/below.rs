@@ -2,8 +2,8 @@
 //! bytes. A read asks the top and this map, however deep the chain is.
 //!
 //! The layers below the top do not change while the chain is open, as far as a reader of the disk can see: a
-//! merge among them moves bytes, and leaves them also where they were. What is written goes to the top, which is
-//! asked first. So an entry stays right until the chain gets another top.
+//! merge among them moves bytes, and leaves them also where they were. What is written goes to the top,
+//! which is asked first. So an entry stays right until the chain gets another top.
 
 use std::collections::HashMap;
 

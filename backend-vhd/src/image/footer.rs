@@ -183,9 +183,9 @@ impl Footer {
         (by_geometry && bytes != self.size()).then_some(bytes)
     }
 
-    /// Bytes of the disk that QEMU's driver shows. Absent: versions of QEMU differ. Those before 10.0 know the
-    /// programs that set the size, and go by the geometry for every other; later ones know the programs that
-    /// set the geometry alone.
+    /// Bytes of the disk that QEMU's driver shows. Absent: versions of QEMU differ. Those before 10.0 know
+    /// the programs that set the size, and go by the geometry for every other; later ones know the programs
+    /// that set the geometry alone.
     pub fn size_in_qemu(&self) -> Option<u64> {
         let raw = &self.raw;
         let (c, h, s) = (raw.cylinders.get(), raw.heads, raw.sectors);

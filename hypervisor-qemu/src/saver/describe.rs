@@ -277,7 +277,7 @@ fn unfit(
         }
         Some(Behind::Ours(..)) | None => {}
     }
-    // A backend may know the beginning of a file, and nobody another part.
+    // A backend may know the beginning of a file, and no other part.
     if open.layers.iter().any(|layer| layer.node.slice().is_some() && layer.node.head().is_none()) {
         return Some("its node is a slice of a file (offset or size)".to_owned());
     }

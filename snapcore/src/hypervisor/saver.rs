@@ -97,9 +97,9 @@ pub struct SeenDisk {
     /// Bytes of the disk that the guest sees. Absent: unknown.
     #[serde(skip)]
     pub bytes: Option<u64>,
-    /// Bytes from the beginning of its lowest image's file that the hypervisor shows, if it was told to show
-    /// only them: a part of the file. Absent: it shows the whole file, as its format says. A backend must
-    /// confirm that this part is the disk ([`crate::backend::DiskSnapshotter::require_shown`]).
+    /// Bytes from the beginning of its lowest image's file that the hypervisor shows, if it was opened with
+    /// this limit: a part of the file. Absent: it shows the whole file, as its format requires. A backend
+    /// must confirm that this part is the disk ([`crate::backend::DiskSnapshotter::require_shown`]).
     #[serde(skip)]
     pub part: Option<u64>,
 }

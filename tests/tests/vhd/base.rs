@@ -46,8 +46,8 @@ fn domain(place: &Place, kind: &str) -> Result<(PathBuf, Vec<u8>)> {
     Ok((place.file("disk.vhd"), bytes))
 }
 
-/// The overlay has the size of the disk, also after reverts to the base and without a catalogue; the base stays
-/// as it is; deletes merge.
+/// The overlay has the size of the disk, also after reverts to the base and without a catalogue; the base
+/// stays as it is; deletes merge.
 #[test]
 fn disk_goes_on_in_qcow2_overlays() -> Result<()> {
     for kind in ["fixed", "dynamic"] {
