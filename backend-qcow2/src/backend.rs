@@ -7,13 +7,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{self, ChainStep, Tag};
 use image_files::layer_name::{disk_of_layer, layer_path};
 use image_files::{
-    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, manifests_beside, names, open_files,
+    BaseFormat, Bases, DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others,
+    manifests_beside, names, open_files,
 };
 use snapcore::backend::{
     AdviceOn, Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses,
     Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
-use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind, Result,
@@ -21,7 +22,7 @@ use snapcore::{
 };
 
 use crate::attached;
-use crate::backing_string::check_backing_string;
+use crate::backing_string::{check_backing_string, resolve_backing};
 use crate::dependents;
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{Limits, Qcow2Chain};
@@ -38,6 +39,7 @@ pub struct Qcow2 {
     limits: Limits,
     /// True if the space of freed clusters is returned to the file system.
     punch: bool,
+    chain: Qcow2Chain,
     locks: Arc<DiskLocks>,
 }
 
@@ -53,6 +55,7 @@ impl Qcow2 {
         Self {
             limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() },
             punch: true,
+            chain: Qcow2Chain::default(),
             locks: Arc::default(),
         }
     }
@@ -68,6 +71,13 @@ impl Qcow2 {
     #[must_use]
     pub fn allow_backing(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
         self.limits.allowed.push(directory.into());
+        self
+    }
+
+    /// Reads base images of one more format than raw.
+    #[must_use]
+    pub fn on_base(mut self, format: Arc<dyn BaseFormat>) -> Self {
+        self.chain.bases.add(format);
         self
     }
 
@@ -93,6 +103,7 @@ impl Qcow2 {
             cancel: context.cancel,
             bytes: step.bytes,
             max_depth: self.limits.max_depth,
+            bases: &self.chain.bases,
             punch: self.punch,
             resumed: context.resumed,
         };
@@ -122,8 +133,8 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
-        let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || layers::adopt(&Qcow2Chain, disk, active_path, &limits)).await
+        let (disk, limits, chain) = (disk.clone(), self.limits.clone(), self.chain.clone());
+        blocking(move || layers::adopt(&chain, disk, active_path, &limits)).await
     }
 
     async fn inspect(
@@ -133,14 +144,15 @@ impl DiskSnapshotter for Qcow2 {
         attached: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
         let open = open_files(attached).await?;
-        let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || layers::inspect(&Qcow2Chain, &disk, depth, &limits, &open)).await
+        let (disk, limits, chain) = (disk.clone(), self.limits.clone(), self.chain.clone());
+        blocking(move || layers::inspect(&chain, &disk, depth, &limits, &open)).await
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
         let (mut copy, known, limits) = (record.clone(), known.to_vec(), self.limits.clone());
+        let chain = self.chain.clone();
         let (copy, found) = blocking(move || {
-            let found = image_files::discover(&Qcow2Chain, &mut copy, &known, &limits)?;
+            let found = image_files::discover(&chain, &mut copy, &known, &limits)?;
             Ok((copy, found))
         })
         .await?;
@@ -162,6 +174,18 @@ impl DiskSnapshotter for Qcow2 {
 
     fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
         disk_of_layer(layer)
+    }
+
+    async fn require_shown(&self, address: &DiskAddress, seen: &SeenDisk) -> Result<()> {
+        if seen.part.is_none() {
+            return Ok(());
+        }
+        if seen.format != "qcow2" {
+            return Err(seen.only_a_part());
+        }
+        let (path, seen) = (address.path().to_owned(), seen.clone());
+        let (bases, max_depth) = (self.chain.bases.clone(), self.limits.max_depth);
+        blocking(move || require_part(&path, &seen, &bases, max_depth)).await
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
@@ -222,8 +246,8 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
-        let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || layers::open_chain(&Qcow2Chain, &disk, &limits)).await
+        let (disk, limits, chain) = (disk.clone(), self.limits.clone(), self.chain.clone());
+        blocking(move || layers::open_chain(&chain, &disk, &limits)).await
     }
 
     async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
@@ -264,8 +288,8 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
-        let (disk, state) = (disk.clone(), state.clone());
-        blocking(move || check(&disk, &state)).await
+        let (disk, state, bases) = (disk.clone(), state.clone(), self.chain.bases.clone());
+        blocking(move || check(&disk, &state, &bases)).await
     }
 
     async fn cost_of_delete(
@@ -340,7 +364,7 @@ fn allocated(state: &DiskState, run: &[LayerName]) -> Vec<u64> {
     run.iter().map(|name| state.layer(name).map_or(0, |layer| layer.allocated)).collect()
 }
 
-fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+fn check(disk: &DiskRecord, state: &DiskState, bases: &Bases) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &Utf8Path, message: String| {
         findings.push(Finding::new(severity, subject.to_string(), message));
@@ -377,8 +401,41 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
             find(Severity::Note, layer.path(), message);
         }
     }
+    for layer in state.layers.iter().filter(|layer| layer.format != "qcow2") {
+        if is_held_by_others(layer.path())? {
+            findings.push(Finding::new(
+                Severity::Note,
+                layer.path().to_string(),
+                "another process has it open: not checked",
+            ));
+            continue;
+        }
+        let above = layers::sizes_above(&state.layers, &layer.name);
+        findings.extend(bases.check(layer.path(), &layer.format, &above)?);
+    }
     findings.extend(layers::findings(disk, state)?);
     Ok(findings)
+}
+
+/// Refuses an image whose chain does not end at a base of which `seen` shows just what the base is.
+fn require_part(path: &Utf8Path, seen: &SeenDisk, bases: &Bases, max_depth: u32) -> Result<()> {
+    let mut file = path.to_owned();
+    for _ in 0..max_depth {
+        let Some(header) = image::probe(file.as_std_path())? else { break };
+        let above = header.virtual_size;
+        let Some(backing) = header.backing else { break };
+        file = resolve_backing(&file, &backing.file)?;
+        match backing.format.as_deref() {
+            Some("qcow2") => {}
+            Some(format)
+                if bases.size(&file, format, &[above])?.is_some_and(|size| Some(size) == seen.part) =>
+            {
+                return Ok(());
+            }
+            _ => break,
+        }
+    }
+    Err(seen.only_a_part())
 }
 
 /// Returns the bytes that deleting tags of a layer gives back to the file system.

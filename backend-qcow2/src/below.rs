@@ -1,9 +1,11 @@
 //! The backing chain of a run of layers. It is opened only if a merge reads its data, which few do.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names::file_id;
+use image_files::{BaseImage, Bases};
 
 use crate::backing_string::resolve_backing;
 use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, OpenOptions, Result, RunLayer, View};
@@ -13,23 +15,34 @@ pub(crate) struct Below {
     file: Utf8PathBuf,
     format: String,
     max_depth: u32,
+    bases: Bases,
     opened: Option<Chain>,
 }
 
-/// The opened layers. The bottom may be a file that is not qcow2 and is read as raw.
+/// The opened layers. The bottom may be a base image of another format.
 struct Chain {
     view: Option<View>,
-    raw: Option<ImageFile>,
+    base: Option<Box<dyn ChainReader + Send>>,
+}
+
+/// A base image that another crate reads.
+pub(crate) struct Base(pub(crate) Arc<dyn BaseImage>);
+
+impl ChainReader for Base {
+    fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let failed = |error: snapcore::Error| Error::new(ErrorKind::InvalidInput, error.to_string());
+        self.0.read_at(buf, offset).map_err(failed)
+    }
 }
 
 impl Below {
     /// Makes the chain whose top is `file`.
-    pub(crate) fn new(file: Utf8PathBuf, format: String, max_depth: u32) -> Self {
-        Self { file, format, max_depth, opened: None }
+    pub(crate) fn new(file: Utf8PathBuf, format: String, max_depth: u32, bases: Bases) -> Self {
+        Self { file, format, max_depth, bases, opened: None }
     }
 
     fn open(&self) -> Result<Chain> {
-        let mut chain = Chain { view: None, raw: None };
+        let mut chain = Chain { view: None, base: None };
         let mut layers = Vec::new();
         let mut seen = HashSet::new();
         let mut next = Some((self.file.clone(), self.format.clone()));
@@ -48,14 +61,19 @@ impl Below {
                         next = Some((below, backing.format.clone().unwrap_or_default()));
                     }
                 }
-                "raw" => chain.raw = Some(ImageFile::open(file.as_std_path(), false)?),
+                "raw" => chain.base = Some(Box::new(ImageFile::open(file.as_std_path(), false)?)),
                 other => {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format!("its format is stated as {other:?}"),
-                    )
-                    .advise("data can be merged on top of qcow2 and raw images: convert that one first")
-                    .on("read", file.as_std_path()));
+                    let base =
+                        self.bases.open(&file, other, false).map_err(|error| unusable(&file, &error))?;
+                    let Some(base) = base else {
+                        return Err(Error::new(
+                            ErrorKind::Unsupported,
+                            format!("its format is stated as {other:?}"),
+                        )
+                        .advise("data can be merged on top of qcow2, raw and VHD (vpc) images: convert that one first")
+                        .on("read", file.as_std_path()));
+                    };
+                    chain.base = Some(Box::new(Base(base)));
                 }
             }
         }
@@ -77,10 +95,12 @@ impl ChainReader for Below {
             self.opened = Some(self.open()?);
         }
         match &mut self.opened {
-            Some(Chain { view: Some(view), raw: Some(raw) }) => view.read_at(buf, offset, Some(raw)),
-            Some(Chain { view: Some(view), raw: None }) => view.read_at(buf, offset, None),
-            Some(Chain { view: None, raw: Some(raw) }) => ChainReader::read_at(raw, buf, offset),
-            Some(Chain { view: None, raw: None }) | None => {
+            Some(Chain { view: Some(view), base: Some(base) }) => {
+                view.read_at(buf, offset, Some(&mut **base))
+            }
+            Some(Chain { view: Some(view), base: None }) => view.read_at(buf, offset, None),
+            Some(Chain { view: None, base: Some(base) }) => base.read_at(buf, offset),
+            Some(Chain { view: None, base: None }) | None => {
                 buf.fill(0);
                 Ok(())
             }

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::FileIds;
 use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::FileId;
+use image_files::{Bases, FileIds};
 use jiff::Timestamp;
 use snapcore::backend::{DiskState, InternalPoint};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, shell_command};
@@ -16,8 +16,11 @@ use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
 use crate::tags::identity_of;
 
-/// The qcow2 format.
-pub(crate) struct Qcow2Chain;
+/// The qcow2 format, on images of other formats.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Qcow2Chain {
+    pub(crate) bases: Bases,
+}
 
 impl ChainFormat for Qcow2Chain {
     fn name(&self) -> &str {
@@ -47,6 +50,10 @@ impl ChainFormat for Qcow2Chain {
         open: &FileIds,
     ) -> Result<()> {
         dependents::find(record, limits, state, seen, open)
+    }
+
+    fn base_size(&self, file: &Utf8Path, format: &str, above: &[u64]) -> Result<Option<u64>> {
+        self.bases.size(file, format, above)
     }
 
     fn mend_backing(&self) -> &'static str {

@@ -12,6 +12,7 @@ mod below;
 mod dependents;
 pub mod image;
 mod layers;
+mod overlay;
 mod preflight;
 mod salvage;
 mod steps;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 pub use backend::{DEFAULT_MAX_DEPTH, Qcow2};
 pub use dependents::find_dependents;
+pub use overlay::{NewOverlay, freeze_under};
 
 /// Registers the backend with its default limits.
 ///

@@ -14,7 +14,7 @@ use std::fs::File;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
-use image_files::{FileSteps, ImageLocks, names};
+use image_files::{Bases, FileSteps, ImageLocks, names};
 use jiff::Timestamp;
 use snapcore::backend::{Progress, StepStatus};
 use snapcore::{Error, ErrorKind, LayerName, Result};
@@ -34,6 +34,7 @@ pub(crate) struct StepRunner<'a> {
     /// Planned bytes that the step will move.
     pub(crate) bytes: u64,
     pub(crate) max_depth: u32,
+    pub(crate) bases: &'a Bases,
     /// True if the space of freed clusters is returned to the file system.
     pub(crate) punch: bool,
     /// True if a process that stopped may have begun the step.
@@ -45,7 +46,7 @@ impl StepRunner<'_> {
     pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
         match step {
             ChainStep::NameLayer { layer } => self.files.name(layer),
-            ChainStep::CreateOverlay { layer, on, on_format, virtual_size } => {
+            ChainStep::CreateOverlay { layer, on, on_format, virtual_size, .. } => {
                 self.create_overlay(layer, on, on_format, *virtual_size)
             }
             ChainStep::Materialise { from, tag, layer } => self.materialise(from, tag, layer),
@@ -326,7 +327,12 @@ impl StepRunner<'_> {
         let mut lower = None;
         let backing = match (below, stated) {
             (Some(name), Some(Backing { format: Some(format), .. })) => {
-                lower = Some(Below::new(self.files.file(name), format.clone(), self.max_depth));
+                lower = Some(Below::new(
+                    self.files.file(name),
+                    format.clone(),
+                    self.max_depth,
+                    self.bases.clone(),
+                ));
                 Some(Backing { file: self.string(name), format: Some(format) })
             }
             (None, None) => None,

@@ -728,6 +728,7 @@ async fn open_image_keeps_its_name_when_data_is_saved() {
         on: layers[0].clone(),
         on_format: "qcow2".to_owned(),
         virtual_size: 4 << 20,
+        format: None,
     };
     fixture.record.owned.remove(1);
     let made = fixture.file(&layers[1]);

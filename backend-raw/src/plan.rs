@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use backend_qcow2::freeze_under;
 use camino::Utf8Path;
 use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
@@ -270,38 +271,12 @@ impl Planner<'_> {
         }
         let step = RawStep::CreateOverlay { layer: layer.clone(), virtual_size: size };
         self.push(Group::Prepare, &step, format!("make the qcow2 overlay {layer} on {}", self.path()), 0);
-        let path = layer_path(self.path(), &layer);
-        if self.state.attached {
-            let take = DiskInstant::Overlay { address: (&path).into(), format: "qcow2".to_owned() };
-            self.plan.instant = Some(InstantPlan::new(take, Vec::new()));
-        }
-        let previous = self.record.active.clone();
-        self.plan.notes.push(format!(
-            "{target}: the domain's configuration must now name {path}, with format qcow2; {} is its base, which nothing may \
-             write any more",
-            self.path()
-        ));
         // Names of layers are relative to the disk's path, which moves away from a device's directory.
-        let (active, base) = match is_device {
-            true => {
-                (LayerName(path.file_name().unwrap_or("disk").to_owned()), LayerName(self.path().to_string()))
-            }
-            false => (layer, previous.clone()),
+        let base = match is_device {
+            true => LayerName(self.path().to_string()),
+            false => self.record.active.clone(),
         };
-        self.add_layer(&active);
-        // The base belongs to its owner: it is read, and never merged away or removed.
-        self.plan.commit.push(Edit::RemoveLayer { target: target.clone(), layer: previous });
-        if is_device {
-            // Recorded as known, so that a chain may lead there.
-            self.add_layer(&base);
-        }
-        let edits = [
-            Edit::SetActive { target: target.clone(), layer: active },
-            Edit::SetFormat { target: target.clone(), format: "qcow2".to_owned() },
-            Edit::SetPath { target, path: path.into() },
-        ];
-        self.plan.commit.extend(edits);
-        self.plan.point = Some(Point::external(base));
+        freeze_under(&mut self.plan, self.record, self.state, &layer, base, is_device);
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | write out | nothing: it only makes the cut shorter |
 //! | copy, publish | all data of a copy, then its checksum, before it gets its own name; that, before commit or switch |
-//! | create an overlay | the whole file under a temporary name, before it gets its own; that, before the commit |
+//! | create an overlay | as [`NewOverlay`] says |
 //! | name | the second name of the current image, before the path moves away from it |
 //! | switch | the new name, by one rename; the previous image keeps its own name |
 //! | remove, unname | nothing follows that depends on it |
@@ -12,15 +12,13 @@
 //! **What the domain wrote between a crash and the recovery.** The path is valid at every point, so the
 //! domain may run. While it names the previous image, an undo loses nothing. It may name the copy that a
 //! revert made, and the revert is undone. Then the copy is compared with its point; if it differs, it is
-//! saved as `rescued-<layer>` before the copy is removed. The overlay of a create on a running domain has the
-//! guest's writes since the instant. If that create is undone and no hypervisor is left that could merge
-//! them, the overlay is saved in the same manner.
+//! saved as `rescued-<layer>` before the copy is removed. Overlays: see [`NewOverlay`].
 
-use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOptions};
+use backend_qcow2::NewOverlay;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::room_of_overlay;
 use image_files::layer_name::layer_path;
-use image_files::{FileSteps, kept_layer_message, kept_overlay_message, names};
+use image_files::{FileSteps, kept_layer_message, names};
 use serde::{Deserialize, Serialize};
 use snapcore::backend::{FileUses, Salvage, StepStatus};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
@@ -119,7 +117,9 @@ impl StepRunner<'_> {
                 if *published_later { Ok(()) } else { self.publish(layer) }
             }
             RawStep::Publish { layer } => self.publish(layer),
-            RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
+            RawStep::CreateOverlay { layer, virtual_size } => {
+                self.overlay(layer).create("raw", *virtual_size)
+            }
             RawStep::Name { layer } => self.files.name(layer),
             RawStep::Switch { from, to } => self.files.switch(from, to),
             RawStep::Unname { layer } => self.files.unname(layer),
@@ -132,7 +132,8 @@ impl StepRunner<'_> {
         let path = self.path();
         match step {
             RawStep::WriteOut | RawStep::Publish { .. } => Ok(()),
-            RawStep::Copy { layer, .. } | RawStep::CreateOverlay { layer, .. } => {
+            RawStep::CreateOverlay { layer, .. } => self.overlay(layer).undo(),
+            RawStep::Copy { layer, .. } => {
                 let file = self.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
                 names::remove_name(&names::unfinished_name(&copy::sum_file(&file)))?;
@@ -174,14 +175,7 @@ impl StepRunner<'_> {
                     (Some(_), false) => StepStatus::Partly,
                 })
             }
-            RawStep::CreateOverlay { layer, .. } => {
-                let begun = names::file_id(&names::unfinished_name(&self.file(layer)))?.is_some();
-                Ok(match (is_there(layer)?, begun) {
-                    (true, _) => StepStatus::Done,
-                    (false, true) => StepStatus::Partly,
-                    (false, false) => StepStatus::NotDone,
-                })
-            }
+            RawStep::CreateOverlay { layer, .. } => self.overlay(layer).status(),
             RawStep::Publish { layer } => done(is_there(layer)?),
             RawStep::Name { layer } => done(names::same_file(self.path(), &self.file(layer))?),
             RawStep::Switch { to, .. } => done(names::same_file(self.path(), &self.file(to))?),
@@ -192,35 +186,23 @@ impl StepRunner<'_> {
 
     /// Saves what the domain wrote, if undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &RawStep, done: bool) -> Result<Salvage> {
-        let (RawStep::Copy { from: Some(_), layer, .. } | RawStep::CreateOverlay { layer, .. }) = step else {
-            return Ok(Salvage::Nothing);
+        let (from, layer) = match step {
+            RawStep::CreateOverlay { layer, .. } => return self.overlay(layer).salvage(done),
+            RawStep::Copy { from: Some(from), layer, .. } => (from, layer),
+            _ => return Ok(Salvage::Nothing),
         };
         let (record, file) = (self.files.record, self.file(layer));
         let goes = done && names::file_id(&file)?.is_some() && !names::same_file(&file, self.path())?;
-        if !goes || !self.is_written(step, &file) {
+        // A copy that cannot be read is saved: it may have been written.
+        if !goes || copy::same_content(&file, &self.source(Some(from))).unwrap_or(false) {
             return Ok(Salvage::Nothing);
         }
         let kept = self.files.keep_as(layer)?;
-        Ok(Salvage::Saved(match step {
-            RawStep::CreateOverlay { .. } => kept_overlay_message(record, &file, &kept, "qcow2"),
-            _ => kept_layer_message(record, &file, &kept),
-        }))
+        Ok(Salvage::Saved(kept_layer_message(record, &file, &kept)))
     }
 
-    /// Returns true if a file has more content than `step` made. A file that cannot be read is saved: it may
-    /// have been written.
-    fn is_written(&self, step: &RawStep, file: &Utf8Path) -> bool {
-        match step {
-            RawStep::CreateOverlay { .. } => {
-                Image::open(file.as_std_path(), &ReadOptions::read_only().unlocked())
-                    .and_then(|overlay| overlay.is_written())
-                    .unwrap_or(true)
-            }
-            RawStep::Copy { from, .. } => {
-                !copy::same_content(file, &self.source(from.as_ref())).unwrap_or(false)
-            }
-            _ => false,
-        }
+    fn overlay<'a>(&'a self, layer: &'a LayerName) -> NewOverlay<'a> {
+        NewOverlay { files: &self.files, layer }
     }
 
     fn path(&self) -> &Utf8Path {
@@ -283,22 +265,6 @@ impl StepRunner<'_> {
         let made = names::open_own(&passing, false)?;
         made.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
         names::publish(&passing, &file, Some(&made))
-    }
-
-    fn create_overlay(&self, layer: &LayerName, size: u64) -> Result<()> {
-        let file = self.file(layer);
-        if names::file_id(&file)?.is_some() {
-            return Ok(());
-        }
-        // Relative if they are in the same directory, so that they can be moved together.
-        let base = match file.parent() == self.path().parent() {
-            true => self.path().file_name().unwrap_or_default().to_owned(),
-            false => self.path().to_string(),
-        };
-        let new = NewImage::new(size).on(Backing { file: base, format: Some("raw".to_owned()) });
-        names::write_new(&file, self.path(), |into, passing| {
-            Ok(image::write_into(into, passing.as_std_path(), &new)?)
-        })
     }
 }
 

@@ -14,7 +14,7 @@ use snapcore::backend::{
     Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
     Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
-use snapcore::hypervisor::{AttachedDisk, OpenLayer};
+use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
 use snapcore::{
     ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
@@ -27,6 +27,7 @@ use crate::layers::{Limits, VhdChain, bases, file_of, reading};
 use crate::refusal;
 use crate::served;
 use crate::steps::StepRunner;
+use crate::under_qcow2::{self, OVERLAY};
 
 /// Backend for disks that are VHD files.
 pub struct VhdFiles {
@@ -93,8 +94,8 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // While a server has the disk open; `plan` refuses what QEMU itself has open.
-        Capabilities::new(PointKind::External, self.limits.max_depth).live()
+        // Of a disk that QEMU itself has open, a point is the image under a qcow2 overlay.
+        Capabilities::new(PointKind::External, self.limits.max_depth).live().methods([OVERLAY])
     }
 
     /// QEMU's name of the format is `vpc`.
@@ -140,13 +141,18 @@ impl DiskSnapshotter for VhdFiles {
         Leftover::PlannedAgain
     }
 
+    async fn require_shown(&self, address: &DiskAddress, seen: &SeenDisk) -> Result<()> {
+        let (path, seen) = (address.path().to_owned(), seen.clone());
+        blocking(move || under_qcow2::require_shown(&path, &seen)).await
+    }
+
     fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
         disk_of_layer(layer)
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
         let mut uses = chain::uses(disk, &step.action);
-        if let ChainStep::CreateOverlay { virtual_size, .. } = &step.action {
+        if let ChainStep::CreateOverlay { virtual_size, format: None, .. } = &step.action {
             uses.room = image::bytes_of_new(*virtual_size);
         }
         uses
@@ -167,7 +173,13 @@ impl DiskSnapshotter for VhdFiles {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let capabilities = self.capabilities();
         blocking(move || {
-            if state.attached && !state.served {
+            let is_in_qemu = state.attached && !state.served;
+            if let DiskRequest::Create { kind, method, overlay, stamp, .. } = &request
+                && (method.as_deref() == Some(OVERLAY) || is_in_qemu)
+            {
+                return under_qcow2::plan(&disk, &state, active_path, *kind, overlay.as_ref(), *stamp);
+            }
+            if is_in_qemu {
                 return chain::unless_tidying(&request, Err(refusal::open_in_qemu(&disk)));
             }
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
@@ -272,6 +284,16 @@ fn visible(disk: &DiskRecord, run: &[LayerName]) -> Result<Vec<u64>> {
     Ok(image::visible_bytes(&mut Chain::new(opened)?)?)
 }
 
+/// Maps a finding of the image engine about the image at `file`.
+pub(crate) fn of_engine(file: &Utf8Path, found: image::Finding) -> Finding {
+    let severity = match found.severity {
+        image::Severity::Note => Severity::Note,
+        image::Severity::Warning => Severity::Warning,
+        image::Severity::Error => Severity::Error,
+    };
+    Finding::new(severity, file.to_string(), found.text)
+}
+
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &Utf8Path, message: String| {
@@ -284,13 +306,9 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         }
         let checked = reading(layer.path()).and_then(|mut image| Ok(image.check(false)?));
         match checked {
-            Ok(found) => found.into_iter().for_each(|finding| {
-                let severity = match finding.severity {
-                    image::Severity::Note => Severity::Note,
-                    image::Severity::Warning => Severity::Warning,
-                    image::Severity::Error => Severity::Error,
-                };
-                find(severity, layer.path(), finding.text);
+            Ok(found) => found.into_iter().for_each(|found| {
+                let found = of_engine(layer.path(), found);
+                find(found.severity, layer.path(), found.message);
             }),
             Err(error) => find(Severity::Error, layer.path(), error.to_string()),
         }

@@ -7,14 +7,17 @@
 
 mod attached;
 mod backend;
+mod base;
 pub mod image;
 mod layers;
 mod refusal;
 mod salvage;
 mod served;
 mod steps;
+mod under_qcow2;
 
 pub use backend::{VhdFiles, register};
+pub use base::VhdBase;
 pub use layers::find_children;
 pub use served::{ServedChain, ServedChild, ServedMerge, ServedOptions, notes_of};
 pub use steps::{parent_name_for, write_child};

@@ -95,14 +95,20 @@ pub(crate) fn open_in_qemu(record: &DiskRecord) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         format!(
-            "{}: the running domain has {path} open by QEMU's own driver vpc, which has no snapshots, and with which QEMU saves no memory",
+            "{}: the running domain has {path} open by QEMU itself, which has no snapshots of VHD",
             record.disk.target
         ),
     )
     .state("no changes made")
-    .advise(format!(
-        "shut the domain down; then take the snapshot, or serve the disk for the next start (`domsnap disk serve {path},format=vhd --socket SOCKET`) and give QEMU the socket: -blockdev driver=nbd,server.type=unix,server.path=SOCKET,reconnect-delay=30"
-    ))
+    .advise(format!("shut the domain down; or {}", serve_it(path)))
+}
+
+/// How a disk is served to QEMU, as advice.
+pub(crate) fn serve_it(path: &Utf8Path) -> String {
+    format!(
+        "serve the disk for the next start (`domsnap disk serve {path},format=vhd --socket SOCKET`) and give QEMU the \
+         socket: -blockdev driver=nbd,server.type=unix,server.path=SOCKET,reconnect-delay=30"
+    )
 }
 
 /// Refuses a parent that an image cannot name, or whose size no VHD can have.

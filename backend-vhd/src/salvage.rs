@@ -27,6 +27,7 @@ impl StepRunner<'_> {
                 }
                 Ok(self.files.stays_active(to))
             }
+            ChainStep::CreateOverlay { layer, format: Some(_), .. } => self.qcow2(layer).salvage(done),
             ChainStep::CreateOverlay { layer, .. } => {
                 let is_to_go = done && self.is_made_by(step)? && !self.files.is_named_by_path(layer)?;
                 match is_to_go && self.is_written(layer)? {

@@ -11,6 +11,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use backend_qcow2::NewOverlay;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
 use image_files::{FileSteps, names};
@@ -38,7 +39,10 @@ impl StepRunner<'_> {
     pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
         match step {
             ChainStep::NameLayer { layer } => self.files.name(layer),
-            ChainStep::CreateOverlay { layer, on, on_format, virtual_size } => {
+            ChainStep::CreateOverlay { layer, on_format, virtual_size, format: Some(_), .. } => {
+                self.qcow2(layer).create(on_format, *virtual_size)
+            }
+            ChainStep::CreateOverlay { layer, on, on_format, virtual_size, format: None } => {
                 self.create_child(layer, on, on_format, *virtual_size)
             }
             ChainStep::SwitchActive { from, to } => self.files.switch(from, to),
@@ -54,6 +58,7 @@ impl StepRunner<'_> {
     pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
         match step {
             ChainStep::NameLayer { layer } => self.files.unname(layer),
+            ChainStep::CreateOverlay { layer, format: Some(_), .. } => self.qcow2(layer).undo(),
             ChainStep::CreateOverlay { layer, .. } => {
                 let file = self.files.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
@@ -76,6 +81,7 @@ impl StepRunner<'_> {
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
         let done = match step {
             ChainStep::NameLayer { layer } => self.files.is_named_by_path(layer)?,
+            ChainStep::CreateOverlay { layer, format: Some(_), .. } => return self.qcow2(layer).status(),
             ChainStep::CreateOverlay { layer, .. } => {
                 let unfinished = names::unfinished_name(&self.files.file(layer));
                 if names::file_id(&unfinished)?.is_some() {
@@ -109,6 +115,11 @@ impl StepRunner<'_> {
         Ok(made.parent_id() == Some(self.parent_name(on, on_format == "raw")?.id))
     }
 
+    /// The qcow2 overlay that a disk goes on in, as a disk of that format.
+    pub(crate) fn qcow2<'a>(&'a self, layer: &'a LayerName) -> NewOverlay<'a> {
+        NewOverlay { files: &self.files, layer }
+    }
+
     /// The file below a layer.
     pub(crate) fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
         let file = file_of(self.files.record, layer)?;
@@ -132,6 +143,7 @@ impl StepRunner<'_> {
             on: on.clone(),
             on_format: on_format.to_owned(),
             virtual_size: size,
+            format: None,
         };
         if self.is_made_by(&step)? && !self.is_written(layer)? {
             names::remove_name(&names::unfinished_name(&file))?;

@@ -379,3 +379,48 @@ fn partial_child_is_reported_and_its_copy_is_whole() {
     assert!(qemu_reads(&copy, 8 * MIB).unwrap() == shown && seven_zip_reads(&copy).unwrap() == shown);
     assert_eq!(worst(&copy, true), None);
 }
+
+/// A deep chain shows what its layers do, in any order of reads, also between writes to its top, and beyond
+/// the ends of layers that are smaller than those above.
+#[test]
+fn deep_chain_is_read_as_its_layers() {
+    let place = Place::new();
+    let mut dice = Dice::new(11);
+    let mut makers = vec![Maker::new(3, 5 * MIB + 512)];
+    for number in 1..9_u64 {
+        let mut child = Maker::child(&makers[makers.len() - 1], &format!("{}.vhd", number - 1));
+        child.size = 5 * MIB + 512 + number / 3 * MIB;
+        child.original = child.size;
+        makers.push(child);
+    }
+    let mut paths = Vec::new();
+    for (number, maker) in makers.iter_mut().enumerate() {
+        for _ in 0..12 {
+            let sectors = 1 + dice.below(40);
+            let at = dice.below(maker.size / 512 - sectors) * 512;
+            *maker = maker.clone().put(at, &dice.bytes(sectors as usize * 512));
+        }
+        paths.push(place.at(&format!("{number}.vhd")));
+        maker.write(&paths[number]);
+    }
+    let top = paths[paths.len() - 1].clone();
+    let files: Vec<&Path> = paths.iter().rev().map(PathBuf::as_path).collect();
+    let mut model = Reference::open(&files).read();
+    let mut chain = Chain::open(&top, &ChainOptions::read_write()).unwrap();
+    for _ in 0..400 {
+        let at = dice.below(model.len() as u64 / 512) * 512;
+        let length = (1 + dice.below(200)) as usize * 512;
+        let length = length.min(model.len() - at as usize);
+        let shown = &mut model[at as usize..at as usize + length];
+        if dice.below(4) == 0 {
+            let bytes = dice.bytes(length);
+            chain.write_at(&bytes, at).unwrap();
+            shown.copy_from_slice(&bytes);
+        }
+        let mut bytes = vec![0; length];
+        chain.read_at(&mut bytes, at).unwrap();
+        assert!(bytes == shown, "{length} bytes at {at}");
+        let piece = chain.piece(at).unwrap().unwrap();
+        assert!(piece.start == at && piece.end > at && piece.end <= model.len() as u64);
+    }
+}

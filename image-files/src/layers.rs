@@ -65,6 +65,15 @@ pub trait ChainFormat {
         open: &FileIds,
     ) -> Result<()>;
 
+    /// Returns the bytes of the disk that an image of another format shows at the end of a chain, if that is
+    /// not its file's length ([`crate::BaseFormat::size`]).
+    ///
+    /// # Errors
+    /// As there.
+    fn base_size(&self, _file: &Utf8Path, _format: &str, _above: &[u64]) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Advice for an image that names a wrong backing file.
     fn mend_backing(&self) -> &'static str;
 }
@@ -130,6 +139,7 @@ pub fn inspect(
             reader.chain(layer.clone())?;
         }
     }
+    reader.measure_bases()?;
     let Reader { layers, seen, .. } = reader;
     let mut state = DiskState::new(record.disk.target.clone(), record.active.clone(), layers);
     if depth == InspectDepth::Dependents {
@@ -269,6 +279,23 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// Sets the sizes of the images of other formats: what a chain shows of such an image can depend on the
+    /// layers on it.
+    fn measure_bases(&mut self) -> Result<()> {
+        for number in 0..self.layers.len() {
+            let Some(base) = self.layers.get(number).filter(|layer| layer.format != self.format.name())
+            else {
+                continue;
+            };
+            let above = sizes_above(&self.layers, &base.name);
+            let size = self.format.base_size(base.path(), &base.format, &above)?;
+            if let (Some(base), Some(size)) = (self.layers.get_mut(number), size) {
+                base.virtual_size = size;
+            }
+        }
+        Ok(())
+    }
+
     fn missing(&self, file: &Utf8Path) -> Error {
         let child = self
             .layers
@@ -344,6 +371,12 @@ impl Reader<'_> {
         .state("no changes made")
         .advise(format!("if that is meant, allow it: '--allow-backing {directory}'")))
     }
+}
+
+/// Returns the sizes of the disks that the layers directly on `base` show, in bytes.
+pub fn sizes_above(layers: &[Layer], base: &LayerName) -> Vec<u64> {
+    let above = layers.iter().filter(|layer| layer.backing.as_ref() == Some(base));
+    above.map(|layer| layer.virtual_size).collect()
 }
 
 /// Returns the name of a file as a layer of the disk at `path`: its file name, if it is in the disk's

@@ -12,6 +12,7 @@
 //! | [`chain`] | the planner of disks that are chains of files |
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
+//! | `base` | images of other formats at which a chain ends ([`BaseFormat`]) |
 //! | `file_steps`, `salvage` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | `manifests` | the directory of manifests beside a disk |
 //! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
@@ -19,6 +20,7 @@
 #![deny(unsafe_code)]
 
 mod attached;
+mod base;
 mod blocking;
 pub mod chain;
 mod configured_path;
@@ -37,6 +39,7 @@ mod salvage;
 mod size;
 
 pub use attached::{AttachedRun, merge_attached};
+pub use base::{BaseFormat, BaseImage, Bases};
 pub use blocking::{blocking, in_place};
 pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
@@ -45,6 +48,6 @@ pub use disk_locks::{DiskLocks, ImageLocks, is_held_by_others};
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use lock::{LockError, LockMode, is_locked, lock};
-pub use luks::is_luks;
+pub use luks::{LUKS, is_luks};
 pub use manifests::manifests_beside;
 pub use size::{size_at, size_of};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use backend_lvm::Lvm;
 use backend_plugin::Plugin;
 use backend_qcow2::Qcow2;
-use backend_vhd::VhdFiles;
+use backend_vhd::{VhdBase, VhdFiles};
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, Registry, Result};
 
@@ -74,7 +74,7 @@ impl Backends {
 }
 
 fn own(global: &Global) -> Result<Registry> {
-    let (mut qcow2, mut vhd) = (Qcow2::new(), VhdFiles::new());
+    let (mut qcow2, mut vhd) = (Qcow2::new().on_base(Arc::new(VhdBase)), VhdFiles::new());
     if let Some(layers) = global.max_depth {
         qcow2 = qcow2.max_depth(layers);
         vhd = vhd.max_depth(layers);

@@ -292,6 +292,13 @@ impl DiskSnapshotter for FaultyBackend {
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
         self.inner.recognises(address, open_format)
     }
+    async fn require_shown(
+        &self,
+        address: &DiskAddress,
+        seen: &snapcore::hypervisor::SeenDisk,
+    ) -> Result<()> {
+        self.inner.require_shown(address, seen).await
+    }
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
         self.inner.adopt(disk, active_path).await
     }

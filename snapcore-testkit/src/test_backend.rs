@@ -64,6 +64,12 @@ pub trait TestBackend: Send + Sync + 'static {
         true
     }
 
+    /// Returns true if the disks of [`TestBackend::make`] have backing files that are no snapshots. An
+    /// import adopts such a file as one, so what is imported is not what was there.
+    fn has_bases(&self) -> bool {
+        false
+    }
+
     /// Returns true if the backend itself takes the points of a running domain by `method`, in steps that are
     /// nested in the instant ([`snapcore::hypervisor::DiskInstant::ByBackend`]). Asked only of a backend that
     /// declares `live`. The test cases of a running domain need it.

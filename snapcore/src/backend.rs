@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::address::{DiskAddress, DiskIdentity};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{AttachedDisk, Inside, OpenLayer};
+use crate::hypervisor::{AttachedDisk, Inside, OpenLayer, SeenDisk};
 use crate::manifest::ManifestStore;
 use crate::name::LayerName;
 use crate::snapshot::{Point, PointKind, Snapshot};
@@ -353,6 +353,19 @@ pub trait DiskSnapshotter: Send + Sync {
     /// to it) returns true here, and takes precedence over that one.
     fn recognises(&self, _address: &DiskAddress, open_format: Option<&str>) -> bool {
         open_format == Some(self.format())
+    }
+
+    /// Refuses a disk that a hypervisor reads by its own driver and shows the guest otherwise than this
+    /// backend reads it: with another format, another size, or as another part of the file. `seen` is the
+    /// disk as the hypervisor has it open, and was not asked of a server that reads the format itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`], with advice; those of the image.
+    async fn require_shown(&self, _address: &DiskAddress, seen: &SeenDisk) -> Result<()> {
+        match seen.part {
+            None => Ok(()),
+            Some(_) => Err(seen.only_a_part()),
+        }
     }
 
     /// Returns the configured address of the disk to which a layer belongs, if this backend gives such

@@ -17,7 +17,7 @@ use crate::backend::{
 use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{AttachedDisk, OpenLayer};
+use crate::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use crate::manifest::ManifestStore;
 use crate::name::LayerName;
 use crate::snapshot::{Point, Snapshot};
@@ -100,6 +100,9 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     }
     fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
         self.inner.recognises(address, open_format)
+    }
+    async fn require_shown(&self, address: &DiskAddress, seen: &SeenDisk) -> Result<()> {
+        self.inner.require_shown(address, seen).await
     }
     fn configured_address(&self, layer: &DiskAddress) -> Option<DiskAddress> {
         self.inner.configured_address(layer)

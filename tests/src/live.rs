@@ -287,8 +287,9 @@ impl Live {
             let machine = hypervisor_qemu::Machine::connect(&socket).await?;
             let files = hypervisor_qemu::graph::verify_names(&machine).await?;
             let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
-            for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
-                if path.extension().is_some_and(|extension| extension == "vhd") {
+            for (number, target) in self.guest.targets().iter().enumerate() {
+                let path = self.path(number)?;
+                if path.with_extension("sock").exists() {
                     is_served(&path)?;
                     continue;
                 }
@@ -341,6 +342,17 @@ impl Live {
             }
         }
         Ok(())
+    }
+
+    /// The configured path of one disk, from 0, as the domain is registered: with `--active-path=new` it is
+    /// another after each change.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub fn path(&self, number: usize) -> Result<PathBuf> {
+        let shown: serde_json::Value = self.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
+        let path = shown["domain"]["disks"][number]["path"].as_str();
+        path.map(PathBuf::from).with_context(|| format!("it has no disk {number}: {shown}"))
     }
 
     /// How many image files there are beside the configured paths, as layers of the disks.

@@ -282,8 +282,9 @@ fn served_raw_file_has_copies_and_no_overlay() -> Result<()> {
     Ok(())
 }
 
-/// A VHD that QEMU has open itself is not changed while the domain runs: the refusal says how it is served. A
-/// child is refused because QEMU shows zeros, and a fixed VHD as a slice of a raw file because it is one.
+/// A VHD that QEMU has open itself gets an overlay under a new path alone: the refusal says so, and how the
+/// disk is served. A child is refused because QEMU shows zeros, and so is what QEMU shows otherwise than it
+/// is.
 #[test]
 fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
     let directory = tempfile::Builder::new().prefix("domsnap-vpc-").tempdir()?;
@@ -298,15 +299,15 @@ fn vhd_of_qemus_own_driver_is_refused() -> Result<()> {
     let name = backend_vhd::parent_name_for(child, parent)?;
     backend_vhd::write_child(child, parent, &NewImage::new(8 << 20).on(name))?;
     let vpc = |name: &str| format!("driver=vpc,file.driver=file,file.filename={},node-name=v", file(name));
-    let slice = format!(
-        "driver=raw,size={},file.driver=file,file.filename={},node-name=v",
-        8 << 20,
-        file("fixed.vhd")
-    );
+    let slice = |options: &str| {
+        format!("driver=raw,{options},file.driver=file,file.filename={},node-name=v", file("fixed.vhd"))
+    };
     for (name, node, reasons) in [
-        ("dynamic", vpc("dynamic.vhd"), &["vpc", "disk serve"][..]),
+        ("dynamic", vpc("dynamic.vhd"), &["--active-path=new", "disk serve"][..]),
         ("child", vpc("child.vhd"), &["reads zeros", "disk serve"]),
-        ("fixed", slice, &["slice of a file", "disk serve"]),
+        ("fixed", slice("size=8388608"), &["--active-path=new", "disk serve"]),
+        ("short", slice("size=8388096"), &["slice of a file", "disk serve"]),
+        ("late", slice("offset=512,size=8388096"), &["slice of a file"]),
     ] {
         let args = ["-blockdev", &node, "-device", "virtio-blk-pci,drive=v,id=vda"];
         let mut machine = Idle::start(Version::New, directory.path(), name, &args)?;

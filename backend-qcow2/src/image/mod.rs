@@ -76,7 +76,7 @@ pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
 pub use materialise::materialise;
 pub use merge::{MergeReport, RunBacking, merge};
 pub use open::{Image, OpenOptions, probe, stated_backing};
-pub use point::PointReader;
+pub use point::{BottomReader, PointReader};
 pub use refcount::{entry_of_block as refcount_of_block, parse_table as parse_reftable};
 pub use snapshot::{Deleted, NewSnapshot};
 pub use snapshot_table::{Snapshot, encode as encode_snapshot_table, parse as parse_snapshot_table};

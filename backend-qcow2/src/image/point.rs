@@ -1,5 +1,6 @@
 //! One state of a chain of images, read by several threads at once.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use super::error::Result;
@@ -10,30 +11,53 @@ use super::view::{ChainReader, Content, Piece, RunLayer, View};
 /// Views that are kept for the next readers. Each has an L1 table and some slices of L2 tables a layer.
 const KEPT: usize = 4;
 
-/// A run of layers on an optional raw image. The locks are those of the opened images.
-#[derive(Debug)]
+/// Data below a run of layers, read by several threads at once. It reads as zeros past its end.
+pub trait BottomReader: Send + Sync {
+    /// Fills `buf` with the guest's bytes from `offset`.
+    ///
+    /// # Errors
+    /// The system's, and those of broken images.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+}
+
+/// A raw image.
+impl BottomReader for ImageFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        Self::read_at(self, buf, HostOffset(offset))
+    }
+}
+
+/// A run of layers on an optional base image. The locks are those of the opened images.
 pub struct PointReader {
     run: Vec<RunLayer>,
-    bottom: Option<ImageFile>,
+    bottom: Option<Box<dyn BottomReader>>,
     size: u64,
     idle: Mutex<Vec<View>>,
 }
 
-/// The raw image at the bottom. A read past its end gives zeros.
-struct Bottom<'a>(&'a ImageFile);
+impl fmt::Debug for PointReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PointReader")
+            .field("run", &self.run)
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Bottom<'a>(&'a dyn BottomReader);
 
 impl ChainReader for Bottom<'_> {
     fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.0.read_at(buf, HostOffset(offset))
+        self.0.read_at(buf, offset)
     }
 }
 
 impl PointReader {
-    /// Makes a reader of layers, the bottom first, on the raw image `bottom`.
+    /// Makes a reader of layers, the bottom first, on the base image `bottom`.
     ///
     /// # Errors
     /// [`super::ErrorKind::InvalidInput`] for an empty run.
-    pub fn new(run: Vec<RunLayer>, bottom: Option<ImageFile>) -> Result<Self> {
+    pub fn new(run: Vec<RunLayer>, bottom: Option<Box<dyn BottomReader>>) -> Result<Self> {
         let first = View::new(run.clone())?;
         Ok(Self { run, bottom, size: first.size(), idle: Mutex::new(vec![first]) })
     }
@@ -49,13 +73,13 @@ impl PointReader {
     /// [`super::ErrorKind::Corrupt`] for invalid tables and clusters, and the system's.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.with_view(|view| {
-            let mut bottom = self.bottom.as_ref().map(Bottom);
+            let mut bottom = self.bottom.as_deref().map(Bottom);
             view.read_at(buf, offset, bottom.as_mut().map(|bottom| bottom as &mut dyn ChainReader))
         })
     }
 
     /// Returns the pieces from `offset` on, `limit` at most. The last one ends at `end` or before. A piece
-    /// that no layer defines is one of zeros where there is no raw image below.
+    /// that no layer defines is one of zeros where there is no base image below.
     ///
     /// # Errors
     /// As [`PointReader::read_at`].

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use image_files::engine::HostOffset;
 
+use super::below::BelowMap;
 use super::error::{Context, Error, ErrorKind, Result};
 use super::file::ImageFile;
 use super::open::Vhd;
@@ -79,6 +80,27 @@ pub struct Piece {
 pub struct Chain {
     /// Bottom first.
     layers: Vec<Layer>,
+    /// What all but the last show.
+    below: BelowMap,
+}
+
+/// The least layers below the top for which the map is faster than asking them.
+const FLATTENED_FROM: usize = 3;
+
+/// Returns the piece at `at` of what these layers show together, which ends at `end` or before.
+fn piece_of(layers: &mut [Layer], at: u64, mut end: u64) -> Result<Piece> {
+    for (number, layer) in layers.iter_mut().enumerate().rev() {
+        // Beyond the end of a layer there are zeros, whatever is below it.
+        if at >= layer.size() {
+            break;
+        }
+        let extent = layer.extent(at)?;
+        end = end.min(extent.end);
+        if let Some(place) = extent.data {
+            return Ok(Piece { start: at, end, data: Some((number, place)) });
+        }
+    }
+    Ok(Piece { start: at, end, data: None })
 }
 
 impl Chain {
@@ -91,7 +113,7 @@ impl Chain {
         if layers.is_empty() {
             return Err(Error::new(ErrorKind::InvalidInput, "a chain has at least one layer"));
         }
-        Ok(Self { layers })
+        Ok(Self { layers, below: BelowMap::default() })
     }
 
     /// Refuses a layer that is larger than the one above it: programs disagree about what the upper one
@@ -151,6 +173,7 @@ impl Chain {
     }
 
     pub(super) fn layer_mut(&mut self, number: usize) -> Option<&mut Layer> {
+        self.below.clear();
         self.layers.get_mut(number)
     }
 
@@ -158,11 +181,12 @@ impl Chain {
     /// is read. What was the top has the file `previous` from now on: the same one by another name.
     pub(crate) fn hand_on(&mut self, image: Vhd, previous: Arc<ImageFile>) -> Self {
         let mut layers = std::mem::take(&mut self.layers);
+        self.below.clear();
         if let Some(Layer::Vhd(top)) = layers.last_mut() {
             top.file = previous;
         }
         layers.push(Layer::Vhd(Box::new(image)));
-        Self { layers }
+        Self { layers, below: BelowMap::default() }
     }
 
     /// The layers, taken apart.
@@ -186,20 +210,18 @@ impl Chain {
         if at >= size {
             return Ok(None);
         }
-        let mut end = size;
-        for (number, layer) in self.layers.iter_mut().enumerate().rev() {
-            // Beyond the end of a layer there are zeros, whatever is below it.
-            if at >= layer.size() {
-                break;
-            }
-            let extent = layer.extent(at)?;
-            if let Some(place) = extent.data {
-                let end = end.min(extent.end);
-                return Ok(Some(Piece { start: at, end, data: Some((number, place)) }));
-            }
-            end = end.min(extent.end);
+        let Some((top, below)) = self.layers.split_last_mut() else { return Ok(None) };
+        let extent = top.extent(at)?;
+        let end = extent.end.min(size);
+        if let Some(place) = extent.data {
+            return Ok(Some(Piece { start: at, end, data: Some((below.len(), place)) }));
         }
-        Ok(Some(Piece { start: at, end, data: None }))
+        let mut piece = match below.len() < FLATTENED_FROM {
+            true => piece_of(below, at, end)?,
+            false => self.below.piece(at, size, |at| piece_of(below, at, size))?,
+        };
+        piece.end = piece.end.min(end);
+        Ok(Some(piece))
     }
 
     /// Fills `buf` with the disk's bytes from `at`.

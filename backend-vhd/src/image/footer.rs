@@ -183,6 +183,25 @@ impl Footer {
         (by_geometry && bytes != self.size()).then_some(bytes)
     }
 
+    /// Bytes of the disk that QEMU's driver shows. Absent: versions of QEMU differ. Those before 10.0 know
+    /// the programs that set the size, and go by the geometry for every other; later ones know the programs
+    /// that set the geometry alone.
+    pub fn size_in_qemu(&self) -> Option<u64> {
+        let raw = &self.raw;
+        let (c, h, s) = (raw.cylinders.get(), raw.heads, raw.sectors);
+        let by_geometry = u64::from(c) * u64::from(h) * u64::from(s) * SECTOR;
+        let whole = self.size() / SECTOR * SECTOR;
+        if (c, h, s) == (65535, 16, 255) {
+            return Some(whole);
+        }
+        match &raw.creator {
+            b"vpc " | b"qemu" => Some(by_geometry),
+            b"win " | b"qem2" | b"d2v " | b"CTXS" => Some(whole),
+            [b't', b'a', b'p', _] | [b'w', b'a', _, _] => Some(whole),
+            _ => (by_geometry == whole).then_some(whole),
+        }
+    }
+
     /// Returns true if both say the same but for the time stamp.
     fn agrees(&self, other: &Self) -> bool {
         let without_time = |footer: &Self| {

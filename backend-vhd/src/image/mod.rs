@@ -31,6 +31,7 @@
 
 mod bat;
 mod batmap;
+mod below;
 mod bitmap;
 mod chain;
 mod check;

@@ -73,6 +73,8 @@ pub struct Vhd {
     pub(super) torn: bool,
     /// True after a failed write of metadata: memory and file may differ.
     pub(super) failed: bool,
+    /// True if bitmaps are not looked at.
+    by_blocks: bool,
 }
 
 impl std::fmt::Debug for Vhd {
@@ -159,6 +161,7 @@ impl Vhd {
             may_write: false,
             torn: false,
             failed: false,
+            by_blocks: false,
         })
     }
 
@@ -195,6 +198,11 @@ impl Vhd {
     /// Kind of the image.
     pub fn disk_type(&self) -> DiskType {
         self.footer.disk_type().unwrap_or(DiskType::Fixed)
+    }
+
+    /// The place of the footer that decides.
+    pub fn footer_place(&self) -> FooterPlace {
+        self.place
     }
 
     /// The parent's identity, if there is a parent. The null id means a raw file.
@@ -270,6 +278,13 @@ impl Vhd {
         Ok(self.bitmaps.entry(block).or_insert(Bitmap::Full))
     }
 
+    /// Takes each stored block as whole, as QEMU does, for reading.
+    #[must_use]
+    pub fn by_blocks(mut self) -> Self {
+        self.by_blocks = true;
+        self
+    }
+
     /// Returns the range with one kind of content that begins at `at`, which must be inside of the disk. It
     /// may continue after its end.
     ///
@@ -286,6 +301,10 @@ impl Vhd {
             let end = next.saturating_mul(block_size.bytes()).min(size);
             return Ok(Extent { end, data: None });
         };
+        if self.by_blocks {
+            let end = (block + 1).saturating_mul(block_size.bytes()).min(size);
+            return Ok(Extent { end, data: Some(HostOffset(data.0 + within)) });
+        }
         let (is_set, end) = self.bitmap(block, data)?.run(within / SECTOR, block_size.sectors());
         let end = (block * block_size.bytes() + end * SECTOR).min(size);
         Ok(Extent { end, data: is_set.then_some(HostOffset(data.0 + within)) })

@@ -200,7 +200,7 @@ pub(super) async fn ask_for_copies_on_read(
         let top = graph.drives().iter().find(|listed| listed["device"].as_str() == Some(name));
         let Some(top) = top.and_then(|top| top["inserted"]["node-name"].as_str()) else { continue };
         let (Some(node), Some(file)) = (graph.node(top), graph.file(top)) else { continue };
-        if node.driver != "qcow2" && node.driver != "raw" {
+        if !matches!(node.driver.as_str(), "qcow2" | "raw" | "vpc") {
             continue;
         }
         let mut options = json!({ "driver": node.driver, "node-name": top, "file": file,

@@ -30,12 +30,22 @@ pub struct NodeOptions {
     /// Other options of the file node: `aio`, `locking`, ...
     #[serde(default)]
     pub file: Map<String, Value>,
+    /// Bytes of the file that a raw node shows, if not the whole.
+    #[serde(default)]
+    pub part: Option<u64>,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
         let (format, file) = (Map::new(), Map::new());
-        Self { cache_direct: false, cache_no_flush: false, detect_zeroes: "off".to_owned(), format, file }
+        Self {
+            cache_direct: false,
+            cache_no_flush: false,
+            detect_zeroes: "off".to_owned(),
+            format,
+            file,
+            part: None,
+        }
     }
 }
 
@@ -47,6 +57,7 @@ impl NodeOptions {
             cache_direct: node.cache.direct,
             cache_no_flush: node.cache.no_flush,
             detect_zeroes: node.detect_zeroes.clone(),
+            part: node.head(),
             ..Self::default()
         }
     }
@@ -66,6 +77,9 @@ impl NodeOptions {
             if driver == "qcow2" || key == "discard" {
                 node[key] = value.clone();
             }
+        }
+        if let Some(part) = self.part.filter(|_| driver == "raw") {
+            node["size"] = json!(part);
         }
     }
 }

@@ -90,14 +90,34 @@ pub struct Node {
 }
 
 impl Node {
-    /// Returns true if it shows only a part of its file (`offset` or `size` of a raw node). QEMU names such a
-    /// node by a `json:` string, because a plain name would not open the same.
-    pub(crate) fn is_slice(&self) -> bool {
-        let options =
-            self.file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok());
-        let slice = |options: &Value| options.get("offset").is_some() || options.get("size").is_some();
-        self.driver == "raw" && options.as_ref().is_some_and(slice)
+    /// Returns the part of its file that it shows, if that is not the whole (`offset` or `size` of a raw
+    /// node). QEMU names such a node by a `json:` string, because a plain name would not open the same.
+    pub(crate) fn slice(&self) -> Option<Slice> {
+        let options: Value = serde_json::from_str(self.file.strip_prefix("json:")?).ok()?;
+        if self.driver != "raw" || (options.get("offset").is_none() && options.get("size").is_none()) {
+            return None;
+        }
+        // QEMU writes them as numbers, or as text where the user's command line had them so.
+        let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
+        Some(Slice {
+            offset: options.get("offset").map_or(Some(0), number),
+            size: options.get("size").and_then(number),
+        })
     }
+
+    /// Returns the bytes that it shows from the beginning of its file, if it shows no others.
+    pub(crate) fn head(&self) -> Option<u64> {
+        self.slice().filter(|slice| slice.offset == Some(0)).and_then(|slice| slice.size)
+    }
+}
+
+/// The part of a file that a raw node shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slice {
+    /// Where it begins. Absent: it is not known.
+    pub(crate) offset: Option<u64>,
+    /// Its length. Absent: up to the file's end, or not known.
+    pub(crate) size: Option<u64>,
 }
 
 /// A node's cache options.

@@ -148,6 +148,8 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
                 .if_missing(Some(missing))
                 .replaced(replaced(&open, &images, &unnamed))
                 .left_out(left_out)
+                .bytes(image.map(|layer| layer.node.virtual_size))
+                .part(open.layers.iter().find_map(|layer| layer.node.head()))
                 .guest_writes(drive.guest_writes())
                 .no_internal(image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(
                     |filter| {
@@ -210,7 +212,17 @@ fn served_elsewhere(kind: &str) -> Option<&'static str> {
 async fn memory_blockers(machine: &Machine) -> Result<Vec<String>> {
     let migration = machine.query("query-migrate", Value::Null).await?;
     let reasons = migration["blocked-reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
-    Ok(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+    Ok(reasons.iter().filter_map(Value::as_str).map(explained).collect())
+}
+
+/// Adds to QEMU's reason what the user can do about it.
+fn explained(reason: &str) -> String {
+    match reason.contains("The vpc format") {
+        true => format!(
+            "{reason} (a VHD has memory images where `domsnap disk serve IMAGE,format=vhd --socket SOCKET` serves it)"
+        ),
+        false => reason.to_owned(),
+    }
 }
 
 /// Returns the reason why a drive is not part of snapshots by default.
@@ -316,12 +328,9 @@ fn unfit(
         }
         Some(Behind::Ours(..)) | None => {}
     }
-    if open.layers.iter().any(|layer| layer.node.is_slice()) {
-        return Some(
-            "its node is a slice of a file (offset or size); if the file is a fixed VHD, `domsnap disk serve \
-             FILE,format=vhd` serves it to QEMU"
-                .to_owned(),
-        );
+    // A backend may know the beginning of a file, and no other part.
+    if open.layers.iter().any(|layer| layer.node.slice().is_some() && layer.node.head().is_none()) {
+        return Some("its node is a slice of a file (offset or size)".to_owned());
     }
     let Some(root) = open.root().filter(|root| root.file.is_some()) else {
         return Some("its image is not a file with a name on this machine".to_owned());

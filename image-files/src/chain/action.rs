@@ -56,6 +56,9 @@ pub enum ChainStep {
         on_format: String,
         /// Its size, in bytes.
         virtual_size: u64,
+        /// Its own format, if that is another than the disk's has been so far.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        format: Option<String>,
     },
     /// Copies an internal snapshot into a new layer with the same backing file as the snapshot's layer.
     Materialise {

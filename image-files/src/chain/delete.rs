@@ -119,7 +119,7 @@ impl Planner<'_> {
         for layer in &self.layers {
             let children = self.children(&layer.name).len();
             let for_others = layer.owned
-                && layer.format != "raw"
+                && layer.format == self.record.disk.format
                 && layer.name != self.active
                 && !layer.dependents.is_empty()
                 && !keep.contains(&Point::external(layer.name.clone()));

@@ -128,7 +128,7 @@ impl Planner<'_> {
         layer.name == self.active
             || !layer.owned
             // The image from before the first overlay: it is read, and never written or removed.
-            || layer.format == "raw"
+            || layer.format != self.record.disk.format
             || !layer.dependents.is_empty()
             || keep.contains(&Point::external(layer.name.clone()))
     }

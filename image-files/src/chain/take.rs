@@ -189,6 +189,7 @@ impl Planner<'_> {
             on: on.clone(),
             on_format: base.format.clone(),
             virtual_size: base.virtual_size,
+            format: None,
         };
         self.push(Group::Prepare, step, &format!("create overlay {new} (backing file {on})"), 0);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });

@@ -13,7 +13,7 @@ use super::step::{PowerAfter, StepOutcome};
 use crate::address::{DiskAddress, DiskIdentity};
 use crate::backend::Progress;
 use crate::domain::{Domain, Hypervisor};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
 
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
@@ -99,6 +99,14 @@ pub struct SeenDisk {
     /// was moved, or another was put in its place. What is done by name would be done to the wrong file.
     #[serde(skip)]
     pub replaced: Option<Obstacle>,
+    /// Bytes of the disk that the guest sees. Absent: unknown.
+    #[serde(skip)]
+    pub bytes: Option<u64>,
+    /// Bytes from the beginning of its lowest image's file that the hypervisor shows, if it was opened with
+    /// this limit: a part of the file. Absent: it shows the whole file, as its format requires. A backend
+    /// must confirm that this part is the disk ([`crate::backend::DiskSnapshotter::require_shown`]).
+    #[serde(skip)]
+    pub part: Option<u64>,
 }
 
 impl SeenDisk {
@@ -109,12 +117,29 @@ impl SeenDisk {
             address: address.into(),
             format: format.into(),
             if_missing: None,
+            bytes: None,
+            part: None,
             left_out: None,
             guest_writes: false,
             member: None,
             no_internal: None,
             replaced: None,
         }
+    }
+}
+
+impl SeenDisk {
+    /// The refusal of a disk of which the hypervisor shows a part of a file that no backend knows.
+    pub fn only_a_part(&self) -> Error {
+        Error::new(
+            ErrorKind::Refused,
+            format!("disk {} ({}): its node is a slice of a file (offset or size)", self.target, self.address),
+        )
+        .state("no changes made")
+        .advise(
+            "if the file is a fixed VHD, its size in QEMU must be the VHD's; or serve it to QEMU with `domsnap disk \
+             serve FILE,format=vhd`",
+        )
     }
 }
 
@@ -125,6 +150,8 @@ setters!(SeenDisk {
     no_internal: Option<String>,
     if_missing: Option<Obstacle>,
     replaced: Option<Obstacle>,
+    bytes: Option<u64>,
+    part: Option<u64>,
 });
 
 /// Description of a running domain by its hypervisor.

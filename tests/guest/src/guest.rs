@@ -21,7 +21,7 @@ use crate::{
     cache::Built,
     channel::{Channel, Status, field, number},
     monitor,
-    options::GuestOptions,
+    options::{GuestOptions, Vhd},
     process,
     qemu::{Qemu, targets},
     state,
@@ -78,7 +78,9 @@ impl Guest {
         let state = match &options.kept {
             Some(kept) => Some(kept.clone()),
             None if options.boot => None,
-            None if options.served.is_empty() => Some(state::get(&options, &built)?),
+            None if options.served.is_empty() && options.vhds.is_empty() => {
+                Some(state::get(&options, &built)?)
+            }
             None => Some(state::get(&options.of_files(), &built)?),
         };
 
@@ -90,19 +92,28 @@ impl Guest {
         let (socket, agent) = (dir.path().join("qmp"), dir.path().join("agent"));
         for (number, (target, format, disk)) in options.formats(dir.path()).into_iter().enumerate() {
             let served = options.server(number);
-            let format = if served.is_some() { "raw" } else { format };
+            let vhd = options.vhd_of(number);
+            let format = if served.is_some() || vhd.is_some() { "raw" } else { format };
             let image = match &state {
                 Some(state) => state.join(format!("{target}.{format}")),
                 None => blank(&built, options.disk_mib, format)?,
             };
-            match served {
+            let subformat = match (served, vhd) {
+                (None, None) => None,
+                (None, Some(Vhd::Fixed)) => Some("fixed"),
+                _ => Some("dynamic"),
+            };
+            match subformat {
                 None => fill(&image, &disk)?,
-                Some(served) => {
+                Some(kind) => {
                     let mut convert = Command::new("qemu-img");
-                    convert.args(["convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on"]);
-                    process::run(convert.arg(&image).arg(&disk), "run scripts/install-deps")?;
-                    (served.serve)(&disk, &disk.with_extension("sock"))?;
+                    convert.args(["convert", "-f", "raw", "-O", "vpc", "-o"]);
+                    convert.arg(format!("force_size=on,subformat={kind}")).arg(&image).arg(&disk);
+                    process::run(&mut convert, "run scripts/install-deps")?;
                 }
+            }
+            if let Some(served) = served {
+                (served.serve)(&disk, &disk.with_extension("sock"))?;
             }
         }
 
@@ -491,6 +502,33 @@ impl Guest {
         self.child = spawn(&self.line, &[], self.dir.path())?;
         self.seen.get_mut().unwrap_or_else(PoisonError::into_inner).insert(self.child.id());
         self.wait_boots(boots + 1)
+    }
+}
+
+impl Guest {
+    /// Kills what runs and boots the guest from other images of its disks, as after a change of its
+    /// configuration: each a disk's number, a format of QEMU's and a path.
+    ///
+    /// # Errors
+    /// As [`GuestOptions::start`].
+    pub fn restart_on(&mut self, images: &[(usize, &str, &Path)]) -> Result<()> {
+        let mut place = 0;
+        for word in &mut self.line {
+            let Ok(mut node) = serde_json::from_str::<Value>(&word.to_string_lossy()) else { continue };
+            let is = |kind: char, number: &usize| node["node-name"] == format!("{kind}{number}");
+            if let Some((_, _, path)) = images.iter().find(|(number, ..)| is('f', number)) {
+                node["filename"] = Value::from(path.to_string_lossy().into_owned());
+            } else if let Some((_, format, _)) = images.iter().find(|(number, ..)| is('d', number)) {
+                node["driver"] = Value::from(*format);
+                node.as_object_mut().and_then(|node| node.remove("size"));
+                place += 1;
+            } else {
+                continue;
+            }
+            *word = node.to_string().into();
+        }
+        ensure!(place == images.len(), "the command line has {place} of the disks {images:?}");
+        self.restart()
     }
 }
 

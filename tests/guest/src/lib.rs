@@ -54,5 +54,5 @@ pub mod parts {
 
 pub use channel::{COUNTER_BYTES, Status, counter};
 pub use guest::{Guest, ShellOutput};
-pub use options::{GuestOptions, Version};
+pub use options::{GuestOptions, Version, Vhd};
 pub use qemu::command as qemu_command;

@@ -31,6 +31,15 @@ impl Version {
     pub const BOTH: [Self; 2] = [Self::New, Self::Old];
 }
 
+/// Which kind of VHD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vhd {
+    /// A fixed one, which QEMU opens as `raw` with the size of the disk.
+    Fixed,
+    /// A dynamic one, which QEMU opens by its driver `vpc`.
+    Dynamic,
+}
+
 /// Which guest; [`GuestOptions::start`] starts it.
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
@@ -45,6 +54,7 @@ pub struct GuestOptions {
     pub(crate) raw: Vec<usize>,
     pub(crate) devices: Vec<(usize, PathBuf)>,
     pub(crate) served: Vec<(usize, Served)>,
+    pub(crate) vhds: Vec<(usize, Vhd)>,
     pub(crate) name: String,
     pub(crate) machine: String,
     pub(crate) cpu: String,
@@ -86,6 +96,7 @@ impl Default for GuestOptions {
             raw: Vec::new(),
             devices: Vec::new(),
             served: Vec::new(),
+            vhds: Vec::new(),
             name: "guest".into(),
             machine: "q35".into(),
             cpu: "max".into(),
@@ -186,6 +197,14 @@ impl GuestOptions {
         self
     }
 
+    /// Makes a disk, by its number from 0, a VHD that QEMU opens by itself: `DIR/vdb.vhd`. With a dynamic one
+    /// QEMU saves no memory, so the guest is booted.
+    pub fn vhd(mut self, disk: usize, kind: Vhd) -> Self {
+        self.vhds.push((disk, kind));
+        self.boot |= kind == Vhd::Dynamic;
+        self
+    }
+
     /// QEMU's `-name`. "guest".
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -244,7 +263,7 @@ impl GuestOptions {
     pub(crate) fn formats(&self, dir: &Path) -> Vec<(String, &'static str, PathBuf)> {
         let disk = |(number, target): (usize, String)| {
             let format = match () {
-                () if self.server(number).is_some() => "vhd",
+                () if self.server(number).is_some() || self.vhd_of(number).is_some() => "vhd",
                 () if self.raw.contains(&number) => "raw",
                 () => "qcow2",
             };
@@ -286,14 +305,16 @@ impl GuestOptions {
         Ok(files)
     }
 
-    /// The same guest, with raw files in the place of devices and of disks that are served.
+    /// The same guest, with raw files in the place of devices, VHDs and disks that are served.
     pub(crate) fn of_files(&self) -> Self {
         let others = self.devices.iter().map(|(disk, _)| *disk);
         let others = others.chain(self.served.iter().map(|(disk, _)| *disk));
+        let others = others.chain(self.vhds.iter().map(|(disk, _)| *disk));
         Self {
             raw: self.raw.iter().copied().chain(others).collect(),
             devices: Vec::new(),
             served: Vec::new(),
+            vhds: Vec::new(),
             ..self.clone()
         }
     }
@@ -301,6 +322,11 @@ impl GuestOptions {
     /// The program that serves a disk.
     pub(crate) fn server(&self, number: usize) -> Option<&Served> {
         self.served.iter().find(|(disk, _)| *disk == number).map(|(_, served)| served)
+    }
+
+    /// The kind of VHD that QEMU opens as the disk.
+    pub(crate) fn vhd_of(&self, number: usize) -> Option<Vhd> {
+        self.vhds.iter().find(|(disk, _)| *disk == number).map(|(_, kind)| *kind)
     }
 
     /// Starts it; it is ready, and has ticked, when this returns.

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::{
     build,
-    options::{GuestOptions, Version},
+    options::{GuestOptions, Version, Vhd},
 };
 
 const DEPS: &str = "run scripts/install-qemu";
@@ -152,8 +152,16 @@ impl Qemu {
                 let (below, node) = (format!("f{number}"), format!("d{number}"));
                 let driver = if is_device { "host_device" } else { "file" };
                 let protocol = json!({ "driver": driver, "filename": file, "node-name": below });
-                let format =
+                let mut format =
                     json!({ "driver": format, "file": below, "node-name": node, "discard": "unmap" });
+                match options.vhd_of(number) {
+                    Some(Vhd::Fixed) => {
+                        format["driver"] = json!("raw");
+                        format["size"] = json!(disk_mib << 20);
+                    }
+                    Some(Vhd::Dynamic) => format["driver"] = json!("vpc"),
+                    None => {}
+                }
                 add(&["-blockdev", &protocol.to_string(), "-blockdev", &format.to_string()]);
                 add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}{thread}")]);
             }

@@ -4,6 +4,7 @@
 #[path = "../../../backend-vhd/tests/support/mod.rs"]
 mod support;
 
+mod base;
 mod cases;
 mod crash;
 mod domain;

@@ -3,10 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use backend_qcow2::image::{self, Image as Qcow2Image, OpenOptions, PointReader, RunLayer};
+use backend_qcow2::image::{self, BottomReader, Image as Qcow2Image, OpenOptions, PointReader, RunLayer};
+use backend_vhd::VhdBase;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::engine::file::ImageFile;
-use image_files::{LockMode, lock};
+use image_files::{BaseFormat, BaseImage, LockMode, lock};
 use nbd_server::{Content, Extent, Image, Layer, Served, Zeroing};
 use snapcore::backend::InspectDepth;
 use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, Point, Result, Target};
@@ -94,7 +95,7 @@ fn chain(
 
 /// Opens a chain, with a reader's lock on each of its files.
 fn open(chain: Vec<(Utf8PathBuf, String)>, tag: Option<&str>, image: &Utf8Path) -> Result<Served> {
-    let (mut run, mut bottom, mut layers) = (Vec::new(), None, Vec::new());
+    let (mut run, mut bottom, mut layers) = (Vec::new(), None::<Box<dyn BottomReader>>, Vec::new());
     for (file, format) in &chain {
         match format.as_str() {
             "qcow2" => {
@@ -120,11 +121,20 @@ fn open(chain: Vec<(Utf8PathBuf, String)>, tag: Option<&str>, image: &Utf8Path) 
                     lock(file, LockMode::Read).map_err(image::Error::from)?;
                 }
                 layers.push(layer_of(file, &opened)?);
-                bottom = Some(opened);
+                bottom = Some(Box::new(opened));
+            }
+            other
+                if !run.is_empty()
+                    && let Some(base) = VhdBase.open(file, other, true)? =>
+            {
+                let shown = std::fs::File::open(file.as_std_path())
+                    .map_err(|error| image_files::names::io_error(error, format!("cannot open {file}")))?;
+                layers.push(layer(file, &shown)?);
+                bottom = Some(Box::new(Base(base)));
             }
             other => {
                 return Err(Error::new(ErrorKind::Unsupported, format!("{file} has the format {other}"))
-                    .advise("chains of qcow2 images on a qcow2 or raw image can be served"));
+                    .advise("chains of qcow2 images on a qcow2, raw or VHD (vpc) image can be served"));
             }
         }
     }
@@ -137,6 +147,16 @@ fn layer_of(path: &Utf8Path, file: &ImageFile) -> Result<Layer> {
     match file.file() {
         Some(file) => layer(path, file),
         None => Err(Error::new(ErrorKind::Unsupported, format!("{path} is no file"))),
+    }
+}
+
+/// A base image that another backend reads.
+struct Base(Arc<dyn BaseImage>);
+
+impl BottomReader for Base {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> image::Result<()> {
+        let failed = |error: Error| image::Error::new(image::ErrorKind::InvalidInput, error.to_string());
+        self.0.read_at(buf, offset).map_err(failed)
     }
 }
 

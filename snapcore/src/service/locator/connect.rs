@@ -6,7 +6,7 @@ use super::Locator;
 use crate::domain::{DiskRecord, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
-use crate::hypervisor::{AttachedDisk, Control, DomainInfo, LiveDomain};
+use crate::hypervisor::{AttachedDisk, Control, DomainInfo, LiveDomain, SeenDisk};
 
 /// A connection to a running domain.
 pub(in crate::service) type Live = Arc<dyn LiveDomain>;
@@ -131,10 +131,29 @@ impl Locator {
     async fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
             disk.address = self.registry.configured_address(&disk.target, &disk.address).await;
+            if disk.part.is_some() {
+                self.know_part(disk).await;
+                continue;
+            }
             if let Some(backend) = self.registry.recognise(&disk.address, Some(&disk.format)) {
                 disk.format = backend.to_owned();
             }
         }
+    }
+
+    /// Finds the backend of a disk of which the hypervisor shows a part of a file. A disk that none knows is
+    /// left out.
+    async fn know_part(&self, disk: &mut SeenDisk) {
+        for backend in self.registry.iter() {
+            if backend.scheme().is_none() && backend.require_shown(&disk.address, disk).await.is_ok() {
+                disk.format = backend.format().to_owned();
+                return;
+            }
+        }
+        let error = disk.only_a_part();
+        let advice = error.advice().map(|advice| format!("; {advice}")).unwrap_or_default();
+        disk.left_out
+            .get_or_insert_with(|| format!("its node is a slice of a file (offset or size){advice}"));
     }
 }
 

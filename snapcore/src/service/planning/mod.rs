@@ -81,6 +81,12 @@ impl Planning {
                 state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
                 let attached = live.disk(&record.disk.target);
                 state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
+                if state.attached && !state.served && !matches!(request, Request::Tidy) {
+                    let mut seen = live.seen().disks.iter();
+                    if let Some(seen) = seen.find(|disk| disk.member.as_ref() == Some(&record.disk.target)) {
+                        backend.require_shown(&record.disk.address, seen).await?;
+                    }
+                }
             }
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
