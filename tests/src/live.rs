@@ -60,6 +60,9 @@ pub struct Changed {
     /// The command that starts the domain.
     #[serde(default)]
     pub start: Vec<String>,
+    /// Whether a revert kept what it replaced.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 impl Live {
