@@ -270,11 +270,18 @@ impl Planner<'_> {
             used,
         );
         match save {
-            Some(_) => self.plan.point = Some(Point::external(safety)),
+            Some(_) => {
+                self.plan.reserves = Some(format!(
+                    "a thick snapshot of the replaced state reserves an area of {}",
+                    shown_size(roomy)
+                ));
+                self.plan.point = Some(Point::external(safety));
+            }
             None => {
                 self.remove_later(safety);
             }
         }
+        self.plan.consumes = true;
         self.plan.notes.push(format!(
             "{}: a merge takes up a thick snapshot, so {} is taken again after it; {} are moved, while a running guest \
              is paused",

@@ -300,6 +300,7 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
     count("steps", plan.steps().count())?;
     count("notes", plan.notes.len())?;
     plan.notes.iter().try_for_each(|note| text("a note", note))?;
+    plan.reserves.iter().try_for_each(|reserves| text("what a kept state reserves", reserves))?;
     for step in plan.steps() {
         text("a step's summary", &step.summary)?;
         size("a step", step.bytes)?;

@@ -28,6 +28,8 @@ pub const FLUSHES: &str = "fsync,fdatasync,syncfs,sync_file_range,msync";
 pub fn command<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[S]) -> Command {
     let mut command = Command::new(program);
     command.args(args).env("LC_ALL", "C").env("NO_COLOR", "1").env_remove("DOMSNAP_STATE_DIR");
+    // Nothing that is compared with keeps the replaced state.
+    command.env("DOMSNAP_UNDO", "no");
     command
 }
 

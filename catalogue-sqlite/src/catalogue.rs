@@ -27,7 +27,7 @@ use snapcore::catalogue::{Operation, OperationId};
 use snapcore::{DiskAddress, Domain, DomainName, Error, ErrorKind, Result, SnapshotTree};
 
 use crate::lock;
-use crate::record::{self, Failure, Rows};
+use crate::record::{self, Failure, Rows, Wanted};
 use crate::room;
 use crate::schema::{self, MIGRATIONS, Version};
 
@@ -525,7 +525,7 @@ impl Catalogue for SqliteCatalogue {
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         self.read(Vec::new(), |connection| {
             let mut statement = connection.prepare(
-                "SELECT id, (SELECT count(*) FROM snapshots WHERE domain = d.id),
+                "SELECT id, (SELECT count(*) FROM snapshots WHERE domain = d.id AND role IS NULL),
                         EXISTS (SELECT 1 FROM operations
                                 WHERE domain = d.id AND state NOT IN ('done', 'undone')), bases
                  FROM domains d ORDER BY name",
@@ -575,7 +575,16 @@ impl Catalogue for SqliteCatalogue {
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         let name = name.clone();
         self.read(Vec::new(), move |connection| match record::find(connection, &name)? {
-            Some((id, _)) => record::read_operations(connection, id, None),
+            Some((id, _)) => record::read_operations(connection, id, Wanted::Unfinished),
+            None => Ok(Vec::new()),
+        })
+        .await
+    }
+
+    async fn operations(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        let name = name.clone();
+        self.read(Vec::new(), move |connection| match record::find(connection, &name)? {
+            Some((id, _)) => record::read_operations(connection, id, Wanted::All),
             None => Ok(Vec::new()),
         })
         .await
@@ -584,7 +593,7 @@ impl Catalogue for SqliteCatalogue {
     async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
         let name = name.clone();
         self.read(None, move |connection| match record::find(connection, &name)? {
-            Some((domain, _)) => Ok(record::read_operations(connection, domain, Some(id))?.pop()),
+            Some((domain, _)) => Ok(record::read_operations(connection, domain, Wanted::One(id))?.pop()),
             None => Ok(None),
         })
         .await

@@ -8,7 +8,7 @@ use snapcore::catalogue::{CatalogueId, Entry, Revision, Stamp, StepRow};
 use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
 use snapcore::{
     Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Plan, Point, Snapshot,
-    SnapshotId, SnapshotTree, Target,
+    SnapshotId, SnapshotRole, SnapshotTree, Target,
 };
 
 /// A row operation's failure.
@@ -143,7 +143,8 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     // One pass over snapshots and points together: a list of thousands is one query.
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
-                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped, p.identity
+                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped, p.identity,
+                s.role, s.holds, s.deferred, s.expires
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -177,6 +178,24 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
                         .map(|text| from_json("skipped disks", &text))
                         .transpose()?
                         .unwrap_or_default(),
+                )
+                .role(
+                    row.get::<_, Option<String>>(14)?
+                        .map(|word| from_word("role", word))
+                        .transpose()?
+                        .unwrap_or_default(),
+                )
+                .holds(
+                    row.get::<_, Option<String>>(15)?
+                        .map(|text| from_json("holds", &text))
+                        .transpose()?
+                        .unwrap_or_default(),
+                )
+                .deferred(row.get(16)?)
+                .expires(
+                    row.get::<_, Option<String>>(17)?
+                        .map(|time| time.parse().map_err(|_| corrupt("time", &time)))
+                        .transpose()?,
                 ),
             );
         }
@@ -298,8 +317,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
     connection
         .prepare_cached(
             "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine,
-                 skipped)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+                 skipped, role, holds, deferred, expires)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
         )?
         .execute(params![
             key,
@@ -312,6 +331,10 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             snapshot.memory.as_ref().map(json).transpose()?,
             snapshot.machine,
             (!snapshot.skipped.is_empty()).then(|| json(&snapshot.skipped)).transpose()?,
+            (snapshot.role != SnapshotRole::Snapshot).then(|| snapshot.role.as_str()),
+            (!snapshot.holds.is_empty()).then(|| json(&snapshot.holds)).transpose()?,
+            snapshot.deferred,
+            snapshot.expires.map(|expires| expires.to_string()),
         ])?;
     let mut statement = connection.prepare_cached(
         "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size, identity)
@@ -372,17 +395,28 @@ pub(crate) fn write_operation(connection: &Connection, domain: i64, operation: &
     Ok(())
 }
 
-/// The operations of a domain that `only` says: one, or all that have not ended.
-pub(crate) fn read_operations(
-    connection: &Connection,
-    domain: i64,
-    only: Option<OperationId>,
-) -> Rows<Vec<Operation>> {
+/// Choice among the operations of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// All that the journal has.
+    All,
+    /// Those that have not ended.
+    Unfinished,
+    /// One.
+    One(OperationId),
+}
+
+/// The operations of a domain, oldest first.
+pub(crate) fn read_operations(connection: &Connection, domain: i64, wanted: Wanted) -> Rows<Vec<Operation>> {
+    let only = match wanted {
+        Wanted::One(id) => Some(id.to_string()),
+        Wanted::All | Wanted::Unfinished => None,
+    };
     let mut statement = connection.prepare_cached(
         "SELECT id, kind, state, started, snapshots, commit_edits, notes, errors FROM operations
-         WHERE domain = ?1 AND (id = ?2 OR (?2 IS NULL AND state NOT IN ('done', 'undone'))) ORDER BY id",
+         WHERE domain = ?1 AND (id = ?2 OR (?2 IS NULL AND (?3 OR state NOT IN ('done', 'undone')))) ORDER BY id",
     )?;
-    let mut rows = statement.query(params![domain, only.map(|id| id.to_string())])?;
+    let mut rows = statement.query(params![domain, only, wanted == Wanted::All])?;
     let mut operations = Vec::new();
     while let Some(row) = rows.next()? {
         let key: String = row.get(0)?;

@@ -191,6 +191,13 @@ ALTER TABLE steps_of_plans RENAME TO steps;
 ", "
 -- The machine that a domain runs on, as JSON; absent: not recorded.
 ALTER TABLE domains ADD COLUMN host TEXT;
+", "
+-- The purpose of a snapshot's record (absent: a snapshot of the user's), its holds as JSON (absent: none), if it is deleted when the
+-- last of them ends, and the time from which it may be deleted.
+ALTER TABLE snapshots ADD COLUMN role TEXT;
+ALTER TABLE snapshots ADD COLUMN holds TEXT;
+ALTER TABLE snapshots ADD COLUMN deferred INTEGER NOT NULL DEFAULT 0 CHECK (deferred IN (0, 1));
+ALTER TABLE snapshots ADD COLUMN expires TEXT;
 "];
 
 /// Meaning of a database's version to this program.
@@ -273,7 +280,8 @@ mod tests {
         // One identity in two domains is two snapshots; what is deleted takes its own points along.
         connection
             .execute_batch(
-                "INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean', NULL, NULL, NULL)",
+                "INSERT INTO snapshots (domain, id, name, created, description, consistency)
+                 VALUES (2, 'i1', 's2', 't', '', 'clean')",
             )
             .unwrap();
         connection.execute_batch("DELETE FROM snapshots WHERE domain = 1").unwrap();
@@ -338,7 +346,7 @@ mod tests {
                 ))
                 .unwrap();
             migrate(&mut connection, MIGRATIONS).unwrap();
-            crate::record::read_operations(&connection, 1, None)
+            crate::record::read_operations(&connection, 1, crate::record::Wanted::Unfinished)
         };
         // Number, part, target, nested, deferrable, action, state.
         let operation = old(r#"

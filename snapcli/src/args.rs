@@ -4,10 +4,13 @@ use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use jiff::Timestamp;
 use snapcore::hypervisor::{Control, PowerAfter, Quiesce};
-use snapcore::service::CreateDisk;
+use snapcore::service::{CreateDisk, KeepPrevious};
 use snapcore::service::{DomainRef, GivenImage};
-use snapcore::{ActivePath, DiskAddress, DomainName, LayerName, PointKind, SnapshotName, Target};
+use snapcore::{
+    ActivePath, DiskAddress, DomainName, Holder, LayerName, PointKind, SnapshotName, Target, local_zone,
+};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -80,10 +83,24 @@ pub struct Global {
 pub enum Command {
     /// Create a snapshot of a domain: its disks, and its memory if it runs
     Create(Create),
-    /// Revert a domain to a snapshot; the current state is discarded unless --save-current is given
+    /// Revert a domain to a snapshot; `undo` brings the replaced state back
     Revert(Revert),
     /// Delete snapshots; all others stay as they are
     Delete(Delete),
+    /// Bring back the state that the last revert replaced
+    Undo(Undo),
+    /// Hold a snapshot, so that it is not deleted
+    Hold(Hold),
+    /// End a hold
+    Release(Release),
+    /// Give a snapshot another name
+    Rename(Rename),
+    /// Give a snapshot another description
+    Describe(Describe),
+    /// Set the time from which a snapshot may be deleted
+    Expire(Expire),
+    /// List the last operations on a domain
+    History(History),
     /// List snapshots
     List(List),
     /// Show one snapshot: its files, their sizes, what deleting it would free
@@ -153,6 +170,10 @@ pub struct Create {
     /// Describe the snapshot
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub description: String,
+    /// Permit the deletion from this time on by `delete --expired`: 2026-12-31, 2026-12-31T18:00, or 7d from
+    /// now
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    pub expires: Option<Timestamp>,
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
@@ -237,6 +258,9 @@ pub struct Revert {
     /// Save the current state as a snapshot first [default name: the local time]
     #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
     pub save_current: Option<Option<SnapshotName>>,
+    /// What `undo` can bring back afterwards [default: DOMSNAP_UNDO, else free]
+    #[arg(long, value_name = "WHAT", conflicts_with = "save_current")]
+    pub undo: Option<KeepForUndo>,
     /// Leave the guest running afterwards
     #[arg(long, conflicts_with_all = ["paused", "off"])]
     pub running: bool,
@@ -261,13 +285,152 @@ pub struct Revert {
     pub dry_run: bool,
 }
 
+/// The state that a revert keeps for an undo.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KeepForUndo {
+    /// Nothing
+    No,
+    /// The disks, where that reserves no space
+    Free,
+    /// The disks
+    Disks,
+    /// The disks, and the memory if the domain runs
+    Memory,
+}
+
+impl From<KeepForUndo> for KeepPrevious {
+    fn from(keep: KeepForUndo) -> Self {
+        match keep {
+            KeepForUndo::No => Self::No,
+            KeepForUndo::Free => Self::IfFree,
+            KeepForUndo::Disks => Self::Disks,
+            KeepForUndo::Memory => Self::Memory,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Undo {
+    /// The domain
+    pub domain: DomainRef,
+    /// Remove the replaced state instead
+    #[arg(long, conflicts_with_all = ["running", "paused", "off"])]
+    pub forget: bool,
+    /// Leave the guest running afterwards
+    #[arg(long, conflicts_with_all = ["paused", "off"])]
+    pub running: bool,
+    /// Leave the guest paused afterwards
+    #[arg(long, conflicts_with = "off")]
+    pub paused: bool,
+    /// Leave the domain off afterwards; no memory is restored
+    #[arg(long)]
+    pub off: bool,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Hold {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// The holder; several may hold one snapshot [default: your user name]
+    #[arg(long, value_name = "NAME")]
+    pub holder: Option<Holder>,
+    /// The reason, for others
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub reason: String,
+    /// End the hold at this time: 2026-12-31, 2026-12-31T18:00, or 7d from now
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    pub until: Option<Timestamp>,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Release {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// The holder [default: your user name]
+    #[arg(long, value_name = "NAME")]
+    pub holder: Option<Holder>,
+    /// Also release a hold that domsnap itself gave (clone:, serve:, export:)
+    #[arg(long)]
+    pub force: bool,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Rename {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// Its new name
+    pub new: SnapshotName,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Describe {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// The description; an empty one removes it
+    pub text: String,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Expire {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// The time: 2026-12-31, 2026-12-31T18:00, 7d from now, or `never`
+    #[arg(value_name = "TIME", value_parser = when_or_never)]
+    pub time: Moment,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// A time, or none.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment(pub Option<Timestamp>);
+
+#[derive(Debug, Args)]
+pub struct History {
+    /// The domain
+    pub domain: DomainRef,
+}
+
 #[derive(Debug, Args)]
 pub struct Delete {
     /// The domain
     pub domain: DomainRef,
     /// The snapshots
-    #[arg(required = true, value_name = "NAME")]
+    #[arg(required_unless_present = "expired", value_name = "NAME")]
     pub names: Vec<SnapshotName>,
+    /// Delete held snapshots when their last hold ends, and the others now
+    #[arg(long)]
+    pub defer: bool,
+    /// Delete all snapshots that have expired, except those that are held and the one that the current state
+    /// is based on
+    #[arg(long)]
+    pub expired: bool,
     /// Delete all snapshots derived from them, too
     #[arg(long, conflicts_with = "children_only")]
     pub children: bool,
@@ -630,6 +793,33 @@ fn bytes(text: &str) -> Result<u64, String> {
     digits.parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).ok_or_else(|| rule.to_owned())
 }
 
+/// Reads a time: of RFC 3339, of the local zone, or a span from now (`7d`, `36h`).
+fn when(text: &str) -> Result<Timestamp, String> {
+    let now = Timestamp::now().to_zoned(local_zone());
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(time);
+    }
+    if let Ok(local) = text.parse::<jiff::civil::DateTime>() {
+        return local.to_zoned(local_zone()).map(|time| time.timestamp()).map_err(|error| error.to_string());
+    }
+    let rule =
+        "expected a date (2026-12-31), a date and time (2026-12-31T18:00), or a span from now (7d, 36h)";
+    let span = text.parse::<jiff::Span>().map_err(|_| rule)?;
+    match now.checked_add(span) {
+        Ok(time) if time > now => {
+            Timestamp::from_second(time.timestamp().as_second()).map_err(|_| rule.to_owned())
+        }
+        _ => Err(rule.to_owned()),
+    }
+}
+
+fn when_or_never(text: &str) -> Result<Moment, String> {
+    match text {
+        "never" => Ok(Moment(None)),
+        text => when(text).map(Some).map(Moment),
+    }
+}
+
 fn disk_place(text: &str) -> Result<DiskPlace, String> {
     let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
     let (target, rest) = text.split_once('=').ok_or(rule)?;
@@ -654,6 +844,21 @@ mod tests {
     #[test]
     fn command_tree_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// A time is a date, a date with a time of day, or a span from now.
+    #[test]
+    fn times_are_dates_or_spans() {
+        assert_eq!(when("2026-12-31T18:00:00Z").unwrap().to_string(), "2026-12-31T18:00:00Z");
+        let local = when("2026-12-31T18:00").unwrap().to_zoned(local_zone());
+        assert_eq!(local.datetime().to_string(), "2026-12-31T18:00:00");
+        assert_eq!(when("2026-12-31").unwrap().to_zoned(local_zone()).date().to_string(), "2026-12-31");
+        let days = when("7d").unwrap().as_second() - Timestamp::now().as_second();
+        assert!((6 * 86_400..8 * 86_400).contains(&days), "{days}");
+        for bad in ["", "7", "-7d", "0s", "tomorrow", "2026-13-01", "99999999999999y"] {
+            assert!(when(bad).unwrap_err().starts_with("expected a date"), "{bad}");
+        }
+        assert!(when_or_never("never").unwrap().0.is_none());
     }
 
     /// Units are powers of 1024; what is no size, or too large, is refused.

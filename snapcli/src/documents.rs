@@ -11,9 +11,10 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use snapcore::backend::{Capabilities, DeleteCost, Finding};
 use snapcore::hypervisor::{Control, GuestChange, HypervisorProfile, SeenDisk};
-use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
+use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, PastOperation};
+use snapcore::service::{PreviousState, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hypervisor, MemoryPoint, Plan, PointKind,
+    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hold, Hypervisor, MemoryPoint, Plan, PointKind,
     Registry, SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
@@ -74,6 +75,13 @@ pub struct SnapshotDoc {
     /// Disks that the domain had, and that were left out as the user asked; of older snapshots nothing is
     /// known.
     pub skipped: Vec<SkippedDisk>,
+    /// Holds that keep it from being deleted now.
+    pub holds: Vec<Hold>,
+    /// True if it is deleted when its last hold ends.
+    pub deferred: bool,
+    /// The time from which it may be deleted without a further question; null: never.
+    #[schemars(with = "Option<String>")]
+    pub expires: Option<Timestamp>,
 }
 
 impl SnapshotDoc {
@@ -114,6 +122,9 @@ impl SnapshotDoc {
             points: points(snapshot, &listing.domain, registry),
             memory: snapshot.memory.clone(),
             skipped: snapshot.skipped.clone(),
+            holds: snapshot.active_holds(Timestamp::now()).cloned().collect(),
+            deferred: snapshot.deferred,
+            expires: snapshot.expires,
         }
     }
 
@@ -169,6 +180,41 @@ fn allocated(file: &Utf8Path) -> Option<u64> {
     Some(std::fs::metadata(file).ok()?.blocks().saturating_mul(512))
 }
 
+/// The state that the last revert replaced.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct PreviousDoc {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// When it was replaced.
+    #[schemars(with = "String")]
+    pub replaced: Timestamp,
+    /// The name of the snapshot that it derives from.
+    pub parent: Option<SnapshotName>,
+    /// One a disk that the revert changed.
+    pub points: Vec<PointDoc>,
+    /// Its memory image; null where it has none.
+    pub memory: Option<MemoryPoint>,
+    /// Bytes on the disk that are freed when it is given up; null where a disk cannot be read.
+    pub frees: Option<u64>,
+}
+
+impl PreviousDoc {
+    fn of(previous: &PreviousState, listing: &Listing, registry: &Registry) -> Self {
+        let SnapshotDoc { id, created, parent, points, memory, .. } =
+            SnapshotDoc::of(&previous.snapshot, listing, registry);
+        Self { id, replaced: created, parent, points, memory, frees: previous.frees }
+    }
+}
+
+/// `history`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct HistoryDoc {
+    /// The domain.
+    pub domain: String,
+    /// The last operations, oldest first.
+    pub operations: Vec<PastOperation>,
+}
+
 /// `list DOMAIN`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ListDoc {
@@ -180,6 +226,8 @@ pub struct ListDoc {
     pub current: Option<SnapshotName>,
     /// All snapshots, oldest first.
     pub snapshots: Vec<SnapshotDoc>,
+    /// The state that the last revert replaced; null where none is kept.
+    pub previous: Option<PreviousDoc>,
     /// Operations that were interrupted, or that run now.
     pub unfinished: Vec<Unfinished>,
     /// Each disk as it is on the machine; only with `--disks`.
@@ -196,6 +244,7 @@ impl ListDoc {
             catalogued: listing.catalogued,
             current: snapshots.iter().find(|snapshot| snapshot.current).map(|current| current.name.clone()),
             snapshots,
+            previous: listing.previous.as_ref().map(|previous| PreviousDoc::of(previous, listing, registry)),
             unfinished: listing.unfinished.clone(),
             disks: None,
         }
@@ -255,7 +304,7 @@ pub struct CreateDoc {
     pub power: Option<Power>,
 }
 
-/// `delete`.
+/// `delete`, `undo --forget`, `hold`, `release`, `rename`, `describe`, `expire`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ChangeDoc {
     /// The domain.
@@ -264,7 +313,7 @@ pub struct ChangeDoc {
     pub outcome: Outcome,
 }
 
-/// `revert`.
+/// `revert`, `undo`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RevertDoc {
     /// The domain.
@@ -585,6 +634,8 @@ pub fn schema() -> serde_json::Value {
     }
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
+        "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
+        "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
         "domain-scan": ScanDoc,

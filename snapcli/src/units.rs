@@ -23,6 +23,18 @@ pub fn duration_us(time: u64) -> String {
     }
 }
 
+/// The time from `then` to `now`, in its largest unit: `3 minutes ago`.
+pub fn ago(then: Timestamp, now: Timestamp) -> String {
+    let seconds = usize::try_from(now.as_second().saturating_sub(then.as_second())).unwrap_or(0);
+    let (number, unit) = match seconds {
+        0..60 => (seconds, "second"),
+        60..3_600 => (seconds / 60, "minute"),
+        3_600..86_400 => (seconds / 3_600, "hour"),
+        _ => (seconds / 86_400, "day"),
+    };
+    format!("{} ago", count(number, unit))
+}
+
 /// `1 disk`, `2 disks`.
 pub fn count(number: usize, what: &str) -> String {
     match number {
@@ -38,6 +50,17 @@ mod tests {
     #[test]
     fn short_time_has_a_short_unit() {
         assert_eq!([999, 1_000, 999_999, 1_450_000].map(duration_us), ["999 us", "1 ms", "999 ms", "1.4 s"]);
+    }
+
+    #[test]
+    fn age_has_its_largest_unit() {
+        let now = Timestamp::from_second(10_000_000).unwrap();
+        let shown = |seconds: i64| ago(Timestamp::from_second(10_000_000 - seconds).unwrap(), now);
+        assert_eq!(
+            [0, 59, 60, 7200, 86_400].map(shown),
+            ["0 seconds ago", "59 seconds ago", "1 minute ago", "2 hours ago", "1 day ago"]
+        );
+        assert_eq!(shown(-5), "0 seconds ago");
     }
 
     #[test]

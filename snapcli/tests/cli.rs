@@ -24,7 +24,12 @@ fn qemu_img() -> PathBuf {
 #[test]
 fn commands_print_what_the_transcripts_say() {
     let cases = trycmd::TestCases::new();
-    cases.env("DOMSNAP_STATE_DIR", "state").env("TZ", "UTC").env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1");
+    cases
+        .env("DOMSNAP_STATE_DIR", "state")
+        .env("DOMSNAP_UNDO", "no")
+        .env("TZ", "UTC")
+        .env("LC_ALL", "C.UTF-8")
+        .env("NO_COLOR", "1");
     cases.register_bin("qemu-img", qemu_img());
     cases.case("tests/cmd/*.trycmd");
 }

@@ -37,8 +37,9 @@ use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
 use snapcore::hypervisor::DomainStep;
 use snapcore::{
     ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind,
-    FinishStep, FinishUnit, HypervisorStep, LayerName, MemoryPoint, NestedStep, Plan, PlanStep, Point,
-    SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, Target,
+    FinishStep, FinishUnit, Hold, Holder, HoldingProcess, HypervisorStep, LayerName, MemoryPoint, NestedStep,
+    Plan, PlanStep, Point, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotRole, SnapshotTree, Step,
+    Target,
 };
 
 /// A place for a catalogue, empty at first. It lasts as long as this.
@@ -128,6 +129,17 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     }))
     .machine((number > 1).then(|| "m".to_owned()))
     .skipped(vec![SkippedDisk::new(Target::new("vdz").unwrap(), "/vdz.raw")])
+    .holds(if number % 2 == 0 { vec![hold(number)] } else { Vec::new() })
+    .deferred(number % 3 == 0)
+    .expires((number % 4 == 0).then_some(Timestamp::UNIX_EPOCH))
+}
+
+fn hold(number: u8) -> Hold {
+    let until = (number > 3).then(|| Timestamp::from_second(i64::from(number)).unwrap());
+    Hold::new(Holder::new(format!("h{number}")).unwrap(), Timestamp::UNIX_EPOCH)
+        .reason("it's \"quoted\"".to_owned())
+        .until(until)
+        .process((number > 5).then(|| HoldingProcess::own().unwrap()))
 }
 
 /// A commit that expects another revision changes nothing.
@@ -235,6 +247,7 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
     operation.errors = vec!["it \"failed\"".into()];
     assert_eq!(catalogue.operation(&web.name, operation.id).await.unwrap(), Some(operation.clone()));
     assert!(catalogue.unfinished(&web.name).await.unwrap().is_empty());
+    assert_eq!(catalogue.operations(&web.name).await.unwrap(), [operation.clone()]);
     let nowhere = vec![Change::Step(operation.id, 11, StepState::Done)];
     assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
 }
@@ -283,6 +296,7 @@ enum Doing {
     Own(u8),
     Disown(u8),
     Move(u8, u8),
+    Amend(usize, SnapshotRole),
 }
 
 fn doing() -> impl Strategy<Value = Doing> {
@@ -294,14 +308,20 @@ fn doing() -> impl Strategy<Value = Doing> {
         1 => (0..4_u8).prop_map(Doing::Own),
         1 => (0..4_u8).prop_map(Doing::Disown),
         2 => (0..20_u8, 0..20_u8).prop_map(|(from, to)| Doing::Move(from, to)),
+        2 => (any::<usize>(), role()).prop_map(|(which, role)| Doing::Amend(which, role)),
     ]
 }
 
-/// The model: parents by name, and where each snapshot's first disk is.
+fn role() -> impl Strategy<Value = SnapshotRole> {
+    prop_oneof![Just(SnapshotRole::Snapshot), Just(SnapshotRole::Previous), Just(SnapshotRole::Dropped)]
+}
+
+/// The model: parents by name, where each snapshot's first disk is, and what is no user's snapshot.
 #[derive(Debug, Default, PartialEq)]
 struct Model {
     parents: BTreeMap<String, Option<String>>,
     layers: BTreeMap<String, LayerName>,
+    roles: BTreeMap<String, SnapshotRole>,
     current: Option<String>,
 }
 
@@ -310,6 +330,12 @@ fn model_of(entry: &Entry) -> Model {
     Model {
         parents: entry.tree.iter().map(|s| (s.name.to_string(), s.parent.map(name))).collect(),
         layers: entry.tree.iter().map(|s| (s.name.to_string(), s.disks[0].point.layer.clone())).collect(),
+        roles: entry
+            .tree
+            .iter()
+            .filter(|s| s.role != SnapshotRole::Snapshot)
+            .map(|s| (s.name.to_string(), s.role))
+            .collect(),
         current: entry.domain.current.map(name),
     }
 }
@@ -345,6 +371,7 @@ fn edits_match_the_model(make: fn() -> Box<dyn TestCatalogue>) {
                         let gone = name(id);
                         let parent = model.parents.remove(&gone).unwrap();
                         model.layers.remove(&gone);
+                        model.roles.remove(&gone);
                         for other in model.parents.values_mut().chain([&mut model.current]) {
                             if other.as_ref() == Some(&gone) {
                                 *other = parent.clone();
@@ -357,6 +384,40 @@ fn edits_match_the_model(make: fn() -> Box<dyn TestCatalogue>) {
                         model.current = id.map(name);
                         vec![Edit::SetCurrent { id }]
                     }
+                    Doing::Amend(which, role) if !ids.is_empty() => {
+                        let known = entry.tree.get(ids[which % ids.len()]).unwrap();
+                        let old = known.name.to_string();
+                        let new = format!("r{number}");
+                        for parent in model.parents.values_mut().chain([&mut model.current]) {
+                            if parent.as_ref() == Some(&old) {
+                                *parent = Some(new.clone());
+                            }
+                        }
+                        let parent = model.parents.remove(&old).unwrap();
+                        model.parents.insert(new.clone(), parent);
+                        let at = model.layers.remove(&old).unwrap();
+                        model.layers.insert(new.clone(), at);
+                        if role == SnapshotRole::Previous {
+                            for other in
+                                model.roles.values_mut().filter(|role| **role == SnapshotRole::Previous)
+                            {
+                                *other = SnapshotRole::Dropped;
+                            }
+                        }
+                        model.roles.remove(&old);
+                        if role != SnapshotRole::Snapshot {
+                            model.roles.insert(new.clone(), role);
+                        }
+                        let mut amended = known.clone();
+                        amended.name = SnapshotName::new(new).unwrap();
+                        amended.role = role;
+                        amended.holds.push(hold(number.wrapping_add(100)));
+                        // What the edit does not change may be anything.
+                        amended.disks.clear();
+                        amended.parent = None;
+                        vec![Edit::Amend { snapshot: Box::new(amended) }]
+                    }
+                    Doing::Amend(..) => continue,
                     Doing::Remove(_) => continue,
                     Doing::Active(number) => {
                         vec![Edit::SetActive { target: target("vdb"), layer: layer(number) }]

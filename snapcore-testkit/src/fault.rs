@@ -433,6 +433,9 @@ impl Catalogue for FaultyCatalogue {
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         self.inner.unfinished(name).await
     }
+    async fn operations(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        self.inner.operations(name).await
+    }
     async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
         self.inner.operation(name, id).await
     }

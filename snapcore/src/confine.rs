@@ -44,6 +44,7 @@ impl Snapshot {
         for member in &self.disks {
             check_layer(&member.point.layer)?;
         }
+        self.check_holds()?;
         match &self.memory {
             Some(memory) => memory.image.check(),
             None => Ok(()),

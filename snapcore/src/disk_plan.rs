@@ -78,6 +78,13 @@ pub struct DiskPlan<A = serde_json::Value> {
     pub finish: Vec<FinishStep<A>>,
     /// The point of a create, or of a revert that saves the current state.
     pub point: Option<Point>,
+    /// For a revert that saves the current state: the room that this reserves, beyond what the domain will
+    /// write, as a message. Absent: it costs nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reserves: Option<String>,
+    /// For a revert: true if the point is taken up and taken again. It is refused while the snapshot is held.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub consumes: bool,
     /// Notes for the user.
     pub notes: Vec<String>,
 }
@@ -90,6 +97,8 @@ setters!(<A> DiskPlan<A> {
     detached: Vec<FinishStep<A>>,
     finish: Vec<FinishStep<A>>,
     point: Option<Point>,
+    reserves: Option<String>,
+    consumes: bool,
     notes: Vec<String>,
 });
 
@@ -125,6 +134,8 @@ impl<A> Default for DiskPlan<A> {
             detached: Vec::new(),
             finish: Vec::new(),
             point: None,
+            reserves: None,
+            consumes: false,
             notes: Vec::new(),
         }
     }
@@ -155,7 +166,7 @@ impl<A> DiskPlan<A> {
     /// # Errors
     /// Those of `change`.
     pub fn try_map<B>(self, mut change: impl FnMut(A) -> Result<B>) -> Result<DiskPlan<B>> {
-        let Self { prepare, instant, cut, commit, detached, finish, point, notes } = self;
+        let Self { prepare, instant, cut, commit, detached, finish, point, reserves, consumes, notes } = self;
         let mut steps = |steps: Vec<Step<A>>| -> Result<Vec<Step<B>>> {
             steps.into_iter().map(|step| step.try_map(&mut change)).collect()
         };
@@ -169,7 +180,7 @@ impl<A> DiskPlan<A> {
             units.into_iter().map(|unit| unit.try_map(&mut change)).collect()
         };
         let (detached, finish) = (units(detached)?, units(finish)?);
-        Ok(DiskPlan { prepare, instant, cut, commit, detached, finish, point, notes })
+        Ok(DiskPlan { prepare, instant, cut, commit, detached, finish, point, reserves, consumes, notes })
     }
 }
 

@@ -70,6 +70,7 @@ mod engine;
 mod erased;
 mod error;
 mod event;
+mod hold;
 mod host;
 pub mod hypervisor;
 pub mod manifest;
@@ -98,6 +99,7 @@ mod fake;
 pub use address::{DiskAddress, DiskIdentity, FileIdentity, file_identity};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};
+pub use hold::{Hold, Holder, HoldingProcess};
 pub use host::Host;
 pub use name::{DomainName, LayerName, SnapshotName, Target};
 pub use registry::Registry;
@@ -107,7 +109,8 @@ pub use shape::{
 pub use shell::shell_command;
 pub use size::shown_size;
 pub use snapshot::{
-    Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
+    Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotRole,
+    SnapshotTree,
 };
 pub use state::TagIdentity;
 pub use step::{Edit, Group, Step};

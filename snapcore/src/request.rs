@@ -3,10 +3,14 @@
 use std::time::Duration;
 
 use camino::Utf8PathBuf;
+use jiff::Timestamp;
+use uuid::Uuid;
 
+use crate::error::{Error, ErrorKind, Result};
+use crate::hold::{Holder, HoldingProcess};
 use crate::hypervisor::{PowerAfter, Quiesce};
 use crate::name::{LayerName, SnapshotName, Target};
-use crate::snapshot::PointKind;
+use crate::snapshot::{PointKind, Snapshot, SnapshotTree};
 
 /// Action for one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +51,10 @@ pub struct CreateRequest {
     pub quiesce_limit: Duration,
     /// Power state of the domain afterwards; absent: the same as before.
     pub then: Option<PowerAfter>,
+    /// The time from which the snapshot may be deleted without a further question.
+    pub expires: Option<Timestamp>,
+    /// True if the snapshot saves the state that a revert is going to replace. It is no user's snapshot.
+    pub(crate) hidden: bool,
 }
 
 /// Default time limit of pre-copy.
@@ -70,6 +78,8 @@ impl CreateRequest {
             quiesce: Quiesce::No,
             quiesce_limit: QUIESCE_LIMIT,
             then: None,
+            expires: None,
+            hidden: false,
         }
     }
 
@@ -135,12 +145,34 @@ impl CreateRequest {
         self.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
     }
 
+    /// Permits the deletion from `time` on without a further question.
+    #[must_use]
+    pub fn expires(mut self, time: Timestamp) -> Self {
+        self.expires = Some(time);
+        self
+    }
+
     /// Sets the description.
     #[must_use]
     pub fn description(mut self, text: impl Into<String>) -> Self {
         self.description = text.into();
         self
     }
+}
+
+/// The way in which a revert keeps the state that it replaces, so that an undo brings it back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum KeepPrevious {
+    /// The replaced state is discarded.
+    #[default]
+    No,
+    /// The disks are kept if no disk reserves space for that. Otherwise nothing is kept, with a note.
+    IfFree,
+    /// The disks are kept.
+    Disks,
+    /// The disks are kept, and the guest's memory if the domain runs.
+    Memory,
 }
 
 /// A request to revert to a snapshot.
@@ -161,28 +193,69 @@ pub struct RevertRequest {
     pub config: Option<Utf8PathBuf>,
     /// Disks that are not reverted.
     pub skip: Vec<Target>,
+    /// The way in which the replaced state is kept for an undo.
+    pub keep: KeepPrevious,
+    /// True if the "snapshot" is the state that the last revert replaced.
+    pub(crate) undo: bool,
+    /// The hidden snapshot that has the current state, with memory, already.
+    pub(crate) saved: Option<SnapshotName>,
 }
 
 impl RevertRequest {
     /// Requests a revert to `name` that discards the current state.
     pub fn new(name: SnapshotName) -> Self {
-        Self { name, save_current: None, power: None, safety: true, config: None, skip: Vec::new() }
+        Self {
+            name,
+            save_current: None,
+            power: None,
+            safety: true,
+            config: None,
+            skip: Vec::new(),
+            keep: KeepPrevious::No,
+            undo: false,
+            saved: None,
+        }
     }
 
     /// Splits a revert that saves the current state of a running domain: returns the create that saves it,
-    /// and the revert.
+    /// and the revert. A state that is kept for an undo is a hidden snapshot, and becomes the previous state
+    /// at the commit point of the revert.
     ///
     /// The create saves a snapshot with memory and leaves the guest paused until the revert. So nothing that
     /// the guest does in between is lost.
     pub(crate) fn in_two(&self, recreates: bool) -> Option<(CreateRequest, Self)> {
-        let name = self.save_current.clone()?;
-        let mut save = CreateRequest::new(name)
+        let (name, hidden) = match (&self.save_current, self.keep) {
+            (Some(name), _) => (name.clone(), false),
+            (None, KeepPrevious::Memory) => (previous_name().ok()?, true),
+            (None, KeepPrevious::No | KeepPrevious::IfFree | KeepPrevious::Disks) => return None,
+        };
+        let mut save = CreateRequest::new(name.clone())
             .description(format!("the state before a revert to {}", self.name))
             .then(PowerAfter::Paused);
+        save.hidden = hidden;
         save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
         // The saved snapshot already provides all the safety that is possible.
         let safety = self.safety && !recreates;
-        Some((save, Self { save_current: None, safety, ..self.clone() }))
+        let (keep, saved) = (KeepPrevious::No, hidden.then_some(name));
+        Some((save, Self { save_current: None, safety, keep, saved, ..self.clone() }))
+    }
+
+    /// The snapshot of `tree` that the domain is reverted to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
+    pub(crate) fn wanted<'a>(&self, tree: &'a SnapshotTree) -> Result<&'a Snapshot> {
+        match self.undo {
+            true => tree.iter().find(|snapshot| snapshot.name == self.name).ok_or_else(nothing_to_undo),
+            false => tree.named(&self.name),
+        }
+    }
+
+    /// Keeps the state that is replaced, for an undo.
+    #[must_use]
+    pub fn keep(mut self, keep: KeepPrevious) -> Self {
+        self.keep = keep;
+        self
     }
 
     /// Does not keep the memory that could restore the previous guest.
@@ -246,12 +319,16 @@ pub struct DeleteRequest {
     pub limit: u64,
     /// True to forget damaged points, if the backend can: their space stays in use.
     pub force: bool,
+    /// True if snapshots that are held are deleted when their last holds end.
+    pub defer: bool,
+    /// True if all snapshots that have expired and are not held are deleted too.
+    pub expired: bool,
 }
 
 impl DeleteRequest {
     /// Requests the deletion of `names` only.
     pub fn new(names: Vec<SnapshotName>) -> Self {
-        Self { names, scope: DeleteScope::Only, limit: 0, force: false }
+        Self { names, scope: DeleteScope::Only, limit: 0, force: false, defer: false, expired: false }
     }
 
     /// Limits merges on a running domain, in bytes per second.
@@ -268,6 +345,20 @@ impl DeleteRequest {
         self
     }
 
+    /// Defers the deletion of snapshots that are held until their last holds end.
+    #[must_use]
+    pub fn defer(mut self, defer: bool) -> Self {
+        self.defer = defer;
+        self
+    }
+
+    /// Also deletes all snapshots that have expired and are not held.
+    #[must_use]
+    pub fn expired(mut self, expired: bool) -> Self {
+        self.expired = expired;
+        self
+    }
+
     /// Sets the part of the tree to delete.
     #[must_use]
     pub fn scope(mut self, scope: DeleteScope) -> Self {
@@ -275,6 +366,152 @@ impl DeleteRequest {
         self
     }
 }
+
+/// A request to bring the state back that the last revert replaced, or to give it up.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct UndoRequest {
+    /// True if the state is removed instead.
+    pub forget: bool,
+    /// The power state of the guest afterwards; absent: as it is, or as it was where memory is restored.
+    pub power: Option<PowerAfter>,
+}
+
+impl UndoRequest {
+    /// Brings the state back.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Removes the state instead.
+    #[must_use]
+    pub fn forget(mut self, forget: bool) -> Self {
+        self.forget = forget;
+        self
+    }
+
+    /// Chooses the power state of the guest afterwards.
+    #[must_use]
+    pub fn power(mut self, power: PowerAfter) -> Self {
+        self.power = Some(power);
+        self
+    }
+
+    /// The undo of a domain with these snapshots as a revert. `runs`: the domain runs, so its memory can be
+    /// kept. An undo of the undo brings back what this one replaces: with memory, if this one has memory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where nothing was kept.
+    pub(crate) fn as_revert(&self, tree: &SnapshotTree, runs: bool) -> Result<RevertRequest> {
+        let previous = tree.previous().ok_or_else(nothing_to_undo)?;
+        let keep = match runs && previous.memory.is_some() {
+            true => KeepPrevious::Memory,
+            false => KeepPrevious::Disks,
+        };
+        let mut revert = RevertRequest::new(previous.name.clone()).keep(keep);
+        revert.undo = true;
+        revert.power = self.power;
+        Ok(revert)
+    }
+}
+
+fn nothing_to_undo() -> Error {
+    Error::new(ErrorKind::NotFound, "there is no revert to undo")
+        .state("no changes made")
+        .advise("a revert keeps the replaced state until the next snapshot is created")
+}
+
+/// Names of states that reverts replaced begin so. No user's snapshot may.
+const PREVIOUS: &str = "undo:";
+
+/// Returns true for a name that only domsnap gives.
+pub(crate) fn is_reserved(name: &SnapshotName) -> bool {
+    name.as_str().starts_with(PREVIOUS)
+}
+
+/// A name for the state that a revert replaces.
+pub(crate) fn previous_name() -> Result<SnapshotName> {
+    let number = Uuid::new_v4().simple().to_string();
+    SnapshotName::new(format!("{PREVIOUS}{}", &number[..12]))
+}
+
+/// A request to hold a snapshot, so that it is not deleted.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct HoldRequest {
+    /// The snapshot.
+    pub name: SnapshotName,
+    /// The holder.
+    pub holder: Holder,
+    /// The user's reason.
+    pub reason: String,
+    /// The time at which the hold ends by itself.
+    pub until: Option<Timestamp>,
+    /// The process with which the hold ends. Only a holder that domsnap itself gives has one.
+    pub process: Option<HoldingProcess>,
+}
+
+impl HoldRequest {
+    /// Holds `name` for `holder` until it is released.
+    pub fn new(name: SnapshotName, holder: Holder) -> Self {
+        Self { name, holder, reason: String::new(), until: None, process: None }
+    }
+}
+
+setters!(HoldRequest {
+    reason: String,
+    until: Option<Timestamp>,
+    process: Option<HoldingProcess>,
+});
+
+/// A request to end a hold. If it was the last one of a snapshot whose deletion was deferred, the snapshot is
+/// deleted.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ReleaseRequest {
+    /// The snapshot.
+    pub name: SnapshotName,
+    /// The holder.
+    pub holder: Holder,
+    /// True if the hold may be one that domsnap itself gave.
+    pub force: bool,
+}
+
+impl ReleaseRequest {
+    /// Ends the hold of `holder` on `name`.
+    pub fn new(name: SnapshotName, holder: Holder) -> Self {
+        Self { name, holder, force: false }
+    }
+}
+
+setters!(ReleaseRequest { force: bool });
+
+/// A request to change what is recorded of a snapshot for people. Its content stays.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct AmendRequest {
+    /// The snapshot.
+    pub name: SnapshotName,
+    /// Its new name.
+    pub rename: Option<SnapshotName>,
+    /// Its new description.
+    pub description: Option<String>,
+    /// The time from which it may be deleted without a further question; `Some(None)`: never.
+    pub expires: Option<Option<Timestamp>>,
+}
+
+impl AmendRequest {
+    /// Changes nothing of `name` yet.
+    pub fn new(name: SnapshotName) -> Self {
+        Self { name, rename: None, description: None, expires: None }
+    }
+}
+
+setters!(AmendRequest {
+    rename: Option<SnapshotName>,
+    description: Option<String>,
+    expires: Option<Option<Timestamp>>,
+});
 
 /// One request on one domain.
 #[derive(Debug, Clone)]
@@ -288,4 +525,22 @@ pub enum Request {
     Delete(DeleteRequest),
     /// Merge and remove layers that are no longer needed: leftovers of a cancelled or failed merge.
     Tidy,
+    /// Bring the state back that the last revert replaced, or give it up.
+    Undo(UndoRequest),
+    /// Hold a snapshot, so that it is not deleted.
+    Hold(HoldRequest),
+    /// End a hold.
+    Release(ReleaseRequest),
+    /// Change what is recorded of a snapshot for people.
+    Amend(AmendRequest),
+}
+
+impl Request {
+    /// Returns true if only records are changed: no disk is read or written, and the domain may run or not.
+    pub(crate) fn is_of_records(&self) -> bool {
+        match self {
+            Self::Hold(_) | Self::Release(_) | Self::Amend(_) => true,
+            Self::Create(_) | Self::Revert(_) | Self::Delete(_) | Self::Tidy | Self::Undo(_) => false,
+        }
+    }
 }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::address::DiskAddress;
 use crate::domain::DiskRecord;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hold::Hold;
 use crate::name::{LayerName, SnapshotName, Target};
 use crate::state::{DiskState, TagIdentity};
 
@@ -180,6 +181,35 @@ impl SkippedDisk {
     }
 }
 
+/// Purpose of a snapshot's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotRole {
+    /// A snapshot that a user took.
+    #[default]
+    Snapshot,
+    /// The previous state: the one that the last revert replaced, and that an undo brings back. A domain has
+    /// at most one.
+    Previous,
+    /// An earlier previous state, whose removal is not complete.
+    Dropped,
+}
+
+impl SnapshotRole {
+    /// Its word in records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Previous => "previous",
+            Self::Dropped => "dropped",
+        }
+    }
+
+    fn is_snapshot(&self) -> bool {
+        *self == Self::Snapshot
+    }
+}
+
 /// A snapshot of a domain: the points of its disks at one instant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
@@ -211,6 +241,19 @@ pub struct Snapshot {
     /// record them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedDisk>,
+    /// Its purpose: a snapshot of the user's, or the state that a revert replaced.
+    #[serde(default, skip_serializing_if = "SnapshotRole::is_snapshot")]
+    pub role: SnapshotRole,
+    /// References that keep it from being deleted. Some may have ended ([`Snapshot::active_holds`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub holds: Vec<Hold>,
+    /// True if it is deleted when its last hold ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deferred: bool,
+    /// The time from which it may be deleted without a further question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub expires: Option<Timestamp>,
 }
 
 impl Snapshot {
@@ -227,6 +270,10 @@ impl Snapshot {
             memory: None,
             machine: None,
             skipped: Vec::new(),
+            role: SnapshotRole::Snapshot,
+            holds: Vec::new(),
+            deferred: false,
+            expires: None,
         }
     }
 }
@@ -239,6 +286,10 @@ setters!(Snapshot {
     memory: Option<MemoryPoint>,
     machine: Option<String>,
     skipped: Vec<SkippedDisk>,
+    role: SnapshotRole,
+    holds: Vec<Hold>,
+    deferred: bool,
+    expires: Option<Timestamp>,
 });
 
 impl Snapshot {
@@ -279,18 +330,8 @@ impl FoundSnapshots {
         // is certain.
         let created = parent.map_or(created, |parent| created.max(parent.created));
         let parent = parent.map(|parent| parent.id);
-        let snapshot = Snapshot {
-            id: SnapshotId::fresh(),
-            name: self.names.take(wanted),
-            parent,
-            created,
-            description: String::new(),
-            consistency: Consistency::Unknown,
-            disks: vec![DiskPoint::new(record.disk.target.clone(), point, virtual_size)],
-            memory: None,
-            machine: None,
-            skipped: Vec::new(),
-        };
+        let disks = vec![DiskPoint::new(record.disk.target.clone(), point, virtual_size)];
+        let snapshot = Snapshot::new(self.names.take(wanted), created, disks).parent(parent);
         self.snapshots.push(snapshot);
     }
 
@@ -357,6 +398,17 @@ impl SnapshotTree {
         self.snapshots.iter()
     }
 
+    /// The snapshots that users took, oldest first: without the states that reverts replaced.
+    pub fn taken(&self) -> impl Iterator<Item = &Snapshot> {
+        self.iter().filter(|snapshot| snapshot.role.is_snapshot())
+    }
+
+    /// The state that the last revert replaced, where it was kept.
+    pub fn previous(&self) -> Option<&Snapshot> {
+        // `Edit::apply` keeps at most one. Manifests may have more: the last one counts.
+        self.snapshots.iter().filter(|snapshot| snapshot.role == SnapshotRole::Previous).max_by_key(|s| s.id)
+    }
+
     /// Number of snapshots.
     pub fn len(&self) -> usize {
         self.snapshots.len()
@@ -377,8 +429,10 @@ impl SnapshotTree {
     /// # Errors
     /// [`ErrorKind::NotFound`], with the names of the newest snapshots.
     pub fn named(&self, name: &SnapshotName) -> Result<&Snapshot> {
-        self.snapshots.iter().find(|snapshot| snapshot.name == *name).ok_or_else(|| {
-            let known: Vec<&str> = self.snapshots.iter().rev().take(8).map(|s| s.name.as_str()).collect();
+        self.taken().find(|snapshot| snapshot.name == *name).ok_or_else(|| {
+            let mut known: Vec<&str> = self.taken().map(|s| s.name.as_str()).collect();
+            known.reverse();
+            known.truncate(8);
             let error = Error::new(ErrorKind::NotFound, format!("there is no snapshot {name}"));
             match known.is_empty() {
                 true => error.advise("the domain has no snapshots"),

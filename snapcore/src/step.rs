@@ -76,6 +76,12 @@ pub enum Edit {
         /// Its identity.
         id: SnapshotId,
     },
+    /// Gives the snapshot of the same identity this one's name, description, role, holds and expiry. Its
+    /// points, its memory and its parent stay.
+    Amend {
+        /// The snapshot as it will be.
+        snapshot: Box<Snapshot>,
+    },
     /// Makes this snapshot the one from which the current state derives.
     SetCurrent {
         /// Its identity, if any.

@@ -60,6 +60,9 @@ pub struct Changed {
     /// The command that starts the domain.
     #[serde(default)]
     pub start: Vec<String>,
+    /// Whether a revert kept what it replaced.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 impl Live {
@@ -338,7 +341,7 @@ impl Live {
                 );
             }
             if let Some(memory) = &snapshot.memory {
-                ensure!(memory.file.exists(), "the memory image of {} is gone", snapshot.name);
+                ensure!(memory.image.path().exists(), "the memory image of {} is gone", snapshot.name);
             }
         }
         Ok(())

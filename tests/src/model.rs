@@ -26,6 +26,8 @@ pub struct Model {
     pub current: Option<String>,
     /// The current state, by target.
     pub present: BTreeMap<String, Bytes>,
+    /// What the last revert replaced, where it is kept.
+    pub previous: Option<Snapshot>,
 }
 
 impl Model {
@@ -50,6 +52,7 @@ impl Model {
         let snapshot = Snapshot { parent: self.current.take(), disks };
         assert!(self.snapshots.insert(name.to_owned(), snapshot).is_none(), "{name} exists in the model");
         self.current = Some(name.to_owned());
+        self.previous = None;
     }
 
     /// The current state becomes what `name` holds.
@@ -58,6 +61,39 @@ impl Model {
             self.present.insert(target.clone(), bytes.clone());
         }
         self.current = Some(name.to_owned());
+        self.previous = None;
+    }
+
+    /// The current state becomes what `name` holds, and what it was is kept.
+    pub fn revert_and_keep(&mut self, name: &str) {
+        let reverted = self.snapshots[name].disks.keys();
+        let disks = reverted.map(|target| (target.clone(), self.present[target].clone())).collect();
+        let previous = Snapshot { parent: self.current.clone(), disks };
+        self.revert(name);
+        self.previous = Some(previous);
+    }
+
+    /// The current state and the one that is kept change places.
+    pub fn undo(&mut self) {
+        let kept = self.previous.take().expect("a state to go back to");
+        let targets = kept.disks.keys();
+        let disks = targets.map(|target| (target.clone(), self.present[target].clone())).collect();
+        self.previous = Some(Snapshot { parent: self.current.take(), disks });
+        self.present.extend(kept.disks);
+        self.current = kept.parent;
+    }
+
+    /// `name` is called `new`.
+    pub fn rename(&mut self, name: &str, new: &str) {
+        let snapshot = self.snapshots.remove(name).expect("a snapshot of the model");
+        self.snapshots.insert(new.to_owned(), snapshot);
+        let kept = self.previous.iter_mut().map(|kept| &mut kept.parent);
+        let parents = self.snapshots.values_mut().map(|snapshot| &mut snapshot.parent);
+        for parent in parents.chain(kept).chain([&mut self.current]) {
+            if parent.as_deref() == Some(name) {
+                *parent = Some(new.to_owned());
+            }
+        }
     }
 
     /// `name` and all that grew from it.
@@ -77,7 +113,8 @@ impl Model {
     pub fn delete(&mut self, names: &[String]) {
         for name in names {
             let gone = self.snapshots.remove(name).expect("a snapshot of the model");
-            for other in self.snapshots.values_mut().filter(|s| s.parent.as_ref() == Some(name)) {
+            let all = self.snapshots.values_mut().chain(&mut self.previous);
+            for other in all.filter(|s| s.parent.as_ref() == Some(name)) {
                 other.parent.clone_from(&gone.parent);
             }
             if self.current.as_ref() == Some(name) {
@@ -110,6 +147,21 @@ mod tests {
         assert_eq!(*model.snapshots["a"].disks["vda"], vec![1; 8]);
         model.revert("a");
         assert_eq!(*model.present["vda"], vec![1; 8]);
+    }
+
+    #[test]
+    fn an_undo_of_an_undo_is_the_identity() {
+        let mut model = model();
+        for name in ["a", "b"] {
+            model.create(name);
+            model.write("vda", &put(name.as_bytes()[0]));
+        }
+        model.revert_and_keep("a");
+        let reverted = model.clone();
+        model.undo();
+        assert_eq!((model.current.as_deref(), &model.present["vda"][..]), (Some("b"), &[b'b'; 8][..]));
+        model.undo();
+        assert_eq!(model, reverted);
     }
 
     #[test]

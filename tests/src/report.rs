@@ -16,6 +16,23 @@ pub struct List {
     pub snapshots: Vec<Snapshot>,
     /// The one that the current state grew from.
     pub current: Option<String>,
+    /// The state that the last revert replaced.
+    #[serde(default)]
+    pub previous: Option<Previous>,
+}
+
+/// The state that the last revert replaced.
+#[derive(Debug, Deserialize)]
+pub struct Previous {
+    /// The name of the snapshot that it grew from.
+    pub parent: Option<String>,
+    /// What it holds of each disk.
+    pub points: Vec<Point>,
+    /// Its memory image.
+    #[serde(default)]
+    pub memory: Option<Memory>,
+    /// Bytes that are freed when it is given up.
+    pub frees: Option<u64>,
 }
 
 /// One snapshot.
@@ -101,5 +118,9 @@ pub fn disk_list(domsnap: &Domsnap, image: &Path) -> Result<List> {
         let point = Point { target: "vda".into(), kind: snapshot.kind, layer, tag };
         Ok(Snapshot { name: snapshot.name, parent: None, points: vec![point], memory: None })
     };
-    Ok(List { snapshots: list.snapshots.into_iter().map(snapshot).collect::<Result<_>>()?, current: None })
+    Ok(List {
+        snapshots: list.snapshots.into_iter().map(snapshot).collect::<Result<_>>()?,
+        current: None,
+        previous: None,
+    })
 }

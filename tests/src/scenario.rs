@@ -70,6 +70,15 @@ fn fork(kind: &str) -> Result<Domain> {
     Ok(domain)
 }
 
+/// `domain` after a revert to `name` that kept what it replaced, with writes after it.
+fn kept(domain: Result<Domain>, name: &str) -> Result<Domain> {
+    let mut domain = domain?;
+    domain.domsnap().done(&["revert", NAME, name, "--undo=free"])?;
+    domain.model.revert_and_keep(name);
+    domain.write_everywhere()?;
+    Ok(domain)
+}
+
 /// One image that no domain has, with the internal snapshots `names`.
 fn image(names: &[&str]) -> Result<Domain> {
     let mut domain = Domain::unregistered(&Shape::disks(1))?;
@@ -279,6 +288,53 @@ scenarios! {
         |d| disk(d, "delete", &["one", "three"]),
         |m| m.delete(&strings(&["one", "three"]))
     }
+    /// A revert that keeps what it replaces, as a tag, and gives up what another one kept.
+    REVERT_KEEPING_INTERNAL Tree {
+        kept(line(&["internal", "internal"]), "s2"),
+        |_| args(&["revert", NAME, "s1", "--undo=free"]), |m| m.revert_and_keep("s1")
+    }
+    /// As before, with layers.
+    REVERT_KEEPING_EXTERNAL Tree {
+        kept(line(&["external", "mixed"]), "s2"),
+        |_| args(&["revert", NAME, "s1", "--undo=free"]), |m| m.revert_and_keep("s1")
+    }
+    /// Back to what a revert replaced: a tag.
+    UNDO_INTERNAL Tree {
+        kept(line(&["internal", "internal"]), "s1"), |_| args(&["undo", NAME]), |m| m.undo()
+    }
+    /// Back to what a revert replaced: a layer.
+    UNDO_EXTERNAL Tree {
+        kept(line(&["external", "mixed"]), "s1"), |_| args(&["undo", NAME]), |m| m.undo()
+    }
+    /// What a revert replaced is given up.
+    UNDO_FORGET Tree {
+        kept(line(&["external", "mixed"]), "s1"),
+        |_| args(&["undo", NAME, "--forget"]), |m| m.previous = None
+    }
+    /// A snapshot after a revert: what that replaced is given up.
+    CREATE_AFTER_REVERT Tree {
+        kept(line(&["external", "mixed"]), "s1"), |d| d.create_args("new", "mixed"), |m| m.create("new")
+    }
+    /// Another name: records alone.
+    RENAME Tree {
+        line(&["internal", "external"]), |_| args(&["rename", NAME, "s1", "renamed"]), |m| m.rename("s1", "renamed")
+    }
+    /// The last hold of a snapshot ends, whose deletion waited for that.
+    RELEASE_DEFERRED Tree {
+        {
+            let domain = line(&["external", "external"])?;
+            domain.domsnap().done(&["hold", NAME, "s1", "--holder", "a"])?;
+            domain.domsnap().done(&["delete", NAME, "s1", "--defer"])?;
+            Ok(domain)
+        },
+        |_| args(&["release", NAME, "s1", "--holder", "a"]), |m| m.delete(&strings(&["s1"]))
+    }
+    /// Raw files, with what a revert replaces kept.
+    RAW_REVERT_KEEPING Tree {
+        kept(raw_line(2), "s2"), |_| args(&["revert", NAME, "s1", "--undo=free"]), |m| m.revert_and_keep("s1")
+    }
+    /// Raw files, back to what a revert replaced.
+    RAW_UNDO Tree { kept(raw_line(2), "s1"), |_| args(&["undo", NAME]), |m| m.undo() }
     /// Raw files, copied.
     RAW_CREATE Tree { raw_line(1), |d| d.create_args("new", "copy"), |m| m.create("new") }
     /// Raw files, replaced by copies of a point.
@@ -366,6 +422,16 @@ macro_rules! all_scenario_tests {
             disk_create_external DISK_CREATE_EXTERNAL
             disk_revert DISK_REVERT
             disk_delete DISK_DELETE
+            revert_keeping_internal REVERT_KEEPING_INTERNAL
+            revert_keeping_external REVERT_KEEPING_EXTERNAL
+            undo_internal UNDO_INTERNAL
+            undo_external UNDO_EXTERNAL
+            undo_forget UNDO_FORGET
+            create_after_revert CREATE_AFTER_REVERT
+            rename RENAME
+            release_deferred RELEASE_DEFERRED
+            raw_revert_keeping RAW_REVERT_KEEPING
+            raw_undo RAW_UNDO
             raw_create RAW_CREATE
             raw_revert RAW_REVERT
             raw_revert_saving_current RAW_REVERT_SAVING_CURRENT

@@ -45,6 +45,11 @@ pub fn tree(list: &List, model: &Model) -> Result<()> {
     if list.current != model.current {
         bail!("the current snapshot should be {:?}, domsnap says {:?}", model.current, list.current);
     }
+    let found = list.previous.as_ref().map(|kept| &kept.parent);
+    let wanted = model.previous.as_ref().map(|kept| &kept.parent);
+    if found != wanted {
+        bail!("the replaced state should have the parent {wanted:?}, domsnap says {found:?}");
+    }
     Ok(())
 }
 
@@ -116,20 +121,24 @@ pub fn every_image_after_crash(domain: &Domain, list: &List, model: &Model, memo
 fn every_byte(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<BTreeSet<PathBuf>> {
     let dir = domain.disks();
     let mut needed = BTreeSet::new();
-    for snapshot in &list.snapshots {
-        let disks = &model.snapshots[&snapshot.name].disks;
-        let reported: BTreeSet<_> = snapshot.points.iter().map(|point| &point.target).collect();
+    let snapshots = list.snapshots.iter();
+    let snapshots =
+        snapshots.map(|found| (found.name.as_str(), &found.points, &model.snapshots[&found.name].disks));
+    let kept = list.previous.as_ref().zip(model.previous.as_ref());
+    let kept = kept.map(|(found, kept)| ("the replaced state", &found.points, &kept.disks));
+    for (name, points, disks) in snapshots.chain(kept) {
+        let reported: BTreeSet<_> = points.iter().map(|point| &point.target).collect();
         if !reported.iter().copied().eq(disks.keys()) {
-            bail!("{} should hold {:?}, domsnap reports {reported:?}", snapshot.name, disks.keys());
+            bail!("{name} should hold {:?}, domsnap reports {reported:?}", disks.keys());
         }
-        for point in &snapshot.points {
+        for point in points {
             let tag = match point.kind {
                 Kind::Internal => Some(point.tag.as_deref().context("an internal point without its tag")?),
                 Kind::External => None,
             };
             let layer = dir.join(&point.layer);
             bytes(&layer, tag, &disks[&point.target], memo)
-                .with_context(|| format!("snapshot {}, disk {}", snapshot.name, point.target))?;
+                .with_context(|| format!("snapshot {name}, disk {}", point.target))?;
             needed.extend(chain(&layer)?);
         }
     }
@@ -313,6 +322,7 @@ mod tests {
                 snapshot("out", Some("in"), point(Kind::External, None)),
             ],
             current: Some("out".into()),
+            previous: None,
         };
         (domain, list)
     }

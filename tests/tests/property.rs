@@ -1,11 +1,12 @@
-//! Random sequences of writes, creates, reverts and deletes, with the model beside them: after each step,
-//! every point of the tree is what the model says, every layer is clean, and nothing is left behind.
+//! Random sequences of writes, creates, reverts, undos and deletes, with the model beside them: after each
+//! step, every point of the tree is what the model says, every layer is clean, and nothing is left behind.
 //!
 //! `DOMSNAP_PROPERTY_SEED` and `DOMSNAP_PROPERTY_CASES` try others; a failure prints both and the shrunk
 //! sequence.
 
 use anyhow::{Context, Result};
 use domsnap_tests::domain::{Domain, NAME, Shape};
+use domsnap_tests::domsnap::status;
 use domsnap_tests::qemu::Write;
 use domsnap_tests::seed::from_env;
 use domsnap_tests::verify::{self, Memo};
@@ -17,7 +18,10 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 enum Step {
     Write { disk: usize, offset: u64, length: u64, byte: Option<u8> },
     Create { kinds: Vec<bool> },
-    Revert { of: usize, save: bool },
+    Revert { of: usize, save: bool, keep: bool },
+    Undo { twice: bool },
+    Forget,
+    Rename { of: usize },
     Delete { of: Vec<usize> },
     DeleteSubtree { of: usize, only: bool },
 }
@@ -33,8 +37,11 @@ fn step() -> impl Strategy<Value = Step> {
             }
         ),
         4 => prop::collection::vec(any::<bool>(), 3).prop_map(|kinds| Step::Create { kinds }),
-        3 => (any::<prop::sample::Index>(), prop::bool::weighted(0.25))
-            .prop_map(|(of, save)| Step::Revert { of: of.index(1000), save }),
+        3 => (any::<prop::sample::Index>(), prop::bool::weighted(0.25), any::<bool>())
+            .prop_map(|(of, save, keep)| Step::Revert { of: of.index(1000), save, keep }),
+        3 => any::<bool>().prop_map(|twice| Step::Undo { twice }),
+        1 => Just(Step::Forget),
+        1 => (0..1000usize).prop_map(|of| Step::Rename { of }),
         3 => prop::collection::vec(0..1000usize, 1..3).prop_map(|of| Step::Delete { of }),
         1 => (0..1000usize, any::<bool>()).prop_map(|(of, only)| Step::DeleteSubtree { of, only }),
     ]
@@ -59,8 +66,40 @@ fn apply(domain: &mut Domain, number: usize, step: &Step) -> Result<()> {
             domain.model.create(&name);
             Ok(())
         }
+        // Undone twice, all is as it was before: each time, every byte is compared with the model afterwards.
+        Step::Undo { twice } => {
+            if domain.model.previous.is_none() {
+                domain.declined(&["undo", NAME], status::REFUSED)?;
+                return Ok(());
+            }
+            domain.domsnap().done(&["undo", NAME])?;
+            domain.model.undo();
+            if *twice {
+                domain.verify().context("undone once")?;
+                domain.domsnap().done(&["undo", NAME])?;
+                domain.model.undo();
+            }
+            Ok(())
+        }
+        Step::Forget => {
+            domain.domsnap().done(&["undo", NAME, "--forget"])?;
+            domain.model.previous = None;
+            Ok(())
+        }
         _ if names.is_empty() => Ok(()),
-        Step::Revert { of, save } => {
+        Step::Rename { of } => {
+            let (name, new) = (&names[of % names.len()], format!("r{number}"));
+            domain.domsnap().done(&["rename", NAME, name, &new])?;
+            domain.model.rename(name, &new);
+            Ok(())
+        }
+        Step::Revert { of, save: false, keep: true } => {
+            let name = &names[of % names.len()];
+            domain.domsnap().done(&["revert", NAME, name, "--undo=free"])?;
+            domain.model.revert_and_keep(name);
+            Ok(())
+        }
+        Step::Revert { of, save, .. } => {
             let name = &names[of % names.len()];
             if *save {
                 let kept = format!("kept{number}");

@@ -57,8 +57,8 @@ pub fn plan(
         plan: DiskPlan::default(),
     };
     match request {
-        DiskRequest::Create { kind, method: _, name, overlay, keep: _, stamp } => {
-            planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
+        DiskRequest::Create { kind, method: _, name, overlay, keep, stamp } => {
+            planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), keep, *stamp)?;
         }
         DiskRequest::Revert { to, save, keep, stamp } => {
             neighbours::allow_revert(record, state, active_path)?;

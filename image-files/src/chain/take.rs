@@ -15,20 +15,21 @@ impl Planner<'_> {
         kind: PointKind,
         name: &SnapshotName,
         overlay: Option<&LayerName>,
+        keep: &[Point],
         stamp: u32,
     ) -> Result<()> {
         let active = self.active.clone();
         match kind {
             PointKind::Internal => {
-                self.free_tag(&active, name)?;
+                let tag = self.free_tag(&active, name, keep)?;
                 match self.is_attached() {
                     true => {
-                        let take = DiskInstant::Internal { tag: name.as_str().to_owned() };
+                        let take = DiskInstant::Internal { tag: tag.clone() };
                         self.plan.instant = Some(InstantPlan::new(take, Vec::new()));
                     }
-                    false => self.take_internal(Group::Cut, &active, name.as_str()),
+                    false => self.take_internal(Group::Cut, &active, &tag),
                 }
-                self.plan.point = Some(Point::internal(active, name.as_str()));
+                self.plan.point = Some(Point::internal(active, tag));
             }
             PointKind::External => {
                 let new = match overlay {
@@ -88,10 +89,10 @@ impl Planner<'_> {
             let before = if self.is_attached() { Group::Cut } else { Group::Prepare };
             let safety = match save {
                 Some(name) => {
-                    self.free_tag(&active, name)?;
-                    self.take_internal(before, &active, name.as_str());
-                    self.plan.point = Some(Point::internal(active.clone(), name.as_str()));
-                    name.as_str().to_owned()
+                    let tag = self.free_tag(&active, name, keep)?;
+                    self.take_internal(before, &active, &tag);
+                    self.plan.point = Some(Point::internal(active.clone(), tag.as_str()));
+                    tag
                 }
                 None => {
                     // Begins with a dot, so it can never be a snapshot's name.
@@ -142,19 +143,31 @@ impl Planner<'_> {
         self.remove_unneeded(&keep);
     }
 
-    fn free_tag(&self, layer: &LayerName, name: &SnapshotName) -> Result<()> {
+    /// The tag of the new snapshot `name`: its name. A snapshot of ours that had this name before it got
+    /// another one keeps its tag, so that the image is not changed by a new name; then a number is added.
+    fn free_tag(&self, layer: &LayerName, name: &SnapshotName, keep: &[Point]) -> Result<String> {
         let layer = self.existing(layer)?;
-        if layer.internal.iter().any(|internal| internal.tag == name.as_str()) {
-            return Err(Error::new(
-                ErrorKind::Exists,
-                format!(
-                    "image {} has an internal snapshot {name} already, which is not domsnap's",
-                    layer.address
-                ),
-            )
-            .advise("choose another name, or take it in with 'domsnap import'"));
+        let is_taken = |tag: &str| layer.internal.iter().any(|internal| internal.tag == tag);
+        let is_ours = |tag: &str| keep.contains(&Point::internal(layer.name.clone(), tag));
+        let name = name.as_str();
+        if !is_taken(name) {
+            return Ok(name.to_owned());
         }
-        Ok(())
+        if is_ours(name) {
+            // An image has fewer than 65536 internal snapshots.
+            let mut numbered = (2..=u32::from(u16::MAX) + 1).map(|number| format!("{name}~{number}"));
+            if let Some(free) = numbered.find(|tag| !is_taken(tag)) {
+                return Ok(free);
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Exists,
+            format!(
+                "image {} has an internal snapshot {name} already, which is not domsnap's",
+                layer.address
+            ),
+        )
+        .advise("choose another name, or take it in with 'domsnap import'"))
     }
 
     /// Gives the active layer a name of its own, before the configured path moves away from it.

@@ -8,8 +8,9 @@ use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
 use snapcore::{Error, ErrorKind, Group, Plan, PointKind, SnapshotName, shell_command};
 
 use crate::answer::Answer;
-use crate::args::{Create, CreateRunning, Delete, Revert, Then};
+use crate::args::{Create, CreateRunning, Delete, KeepForUndo, Revert, Then};
 use crate::commands::domain::absolute;
+use crate::commands::held::default_keep;
 use crate::commands::power;
 use crate::commands::show::memory_size;
 use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, Power, RevertDoc, SnapshotDoc};
@@ -21,6 +22,9 @@ use crate::units;
 pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
     let name = or_the_time(session, &args.domain, args.name)?;
     let mut request = CreateRequest::new(name.clone()).description(args.description);
+    if let Some(time) = args.expires {
+        request = request.expires(time);
+    }
     if let Some(kind) = args.kind.wanted() {
         request = request.kind(kind);
     }
@@ -124,6 +128,12 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
         let name = or_the_time(session, &args.domain, name)?;
         request = request.save_current(name.clone());
         saved = Some(name);
+    } else {
+        let keep = match args.undo {
+            Some(keep) => keep,
+            None => default_keep()?.unwrap_or(KeepForUndo::Free),
+        };
+        request = request.keep(keep.into());
     }
     let power = match (args.running, args.paused, args.off) {
         (true, ..) => Some(PowerAfter::Running),
@@ -149,7 +159,14 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     let document = RevertDoc { domain: outcome.domain.clone(), outcome, power: now };
     Ok(session.changed(document, |document| {
         let outcome = &document.outcome;
-        let saved = saved.map(|name| format!("; previous state saved as {name}")).unwrap_or_default();
+        let saved = match saved {
+            Some(name) => format!("; previous state saved as {name}"),
+            None if outcome.kept => {
+                let command = shell_command(["domsnap", "undo", document.domain.as_str()]);
+                format!("; `{command}` brings the previous state back")
+            }
+            None => String::new(),
+        };
         let mut commands = String::new();
         let started = outcome.started.as_ref().map(|started| started.command.as_slice()).unwrap_or_default();
         for (what, args) in [("started by", started), ("start it with", outcome.start.as_slice())] {
@@ -163,7 +180,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
 }
 
 /// Formats a revert's effect on the guest, and the guest's state now.
-fn guest_now(document: &RevertDoc) -> String {
+pub fn guest_now(document: &RevertDoc) -> String {
     let outcome = &document.outcome;
     let process = outcome.started.as_ref().and_then(|started| match (started.pid, started.domid) {
         (Some(pid), _) => Some(format!(" (process {pid})")),
@@ -211,6 +228,7 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
         (false, false) => DeleteScope::Only,
     };
     let request = DeleteRequest::new(args.names).scope(scope).limit(args.limit).force(args.force);
+    let request = request.defer(args.defer).expired(args.expired);
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Delete(request));
     }
@@ -218,7 +236,7 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
     Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
         let outcome = &document.outcome;
         let what = match outcome.snapshots.len() {
-            0 => format!("nothing to delete of {}", document.domain),
+            0 => format!("no snapshot of {} is deleted now", document.domain),
             1 => format!("deleted snapshot {} of {}", names(&outcome.snapshots), document.domain),
             n => format!("deleted {n} snapshots of {}: {}", document.domain, names(&outcome.snapshots)),
         };
@@ -295,7 +313,7 @@ pub fn kind_word(kind: PointKind) -> &'static str {
     }
 }
 
-fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
+pub fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
     let mut plans = session.ask(session.service.plans(domain, request)).map_err(Failure::of_plan)?;
     let Some(plan) = plans.pop() else {
         return Err(Error::new(ErrorKind::Internal, "no plan was made").into());

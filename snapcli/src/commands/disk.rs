@@ -25,7 +25,7 @@ use snapcore::service::{Belonging, DomainRef, GivenImage, Listing};
 use snapcore::service::{CreateRequest, DeleteRequest, RevertRequest};
 use snapcore::{
     ActivePath, Disk as DomainDisk, Error, ErrorKind, Point, PointKind, Result, Snapshot, SnapshotName,
-    Target, shell_command,
+    SnapshotRole, Target, shell_command,
 };
 
 use crate::answer::Answer;
@@ -238,7 +238,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
             }
         }
         let Belonging { listing, target, .. } = &owner.0;
-        for snapshot in &listing.snapshots {
+        for snapshot in listing.snapshots.iter().filter(|snapshot| snapshot.role == SnapshotRole::Snapshot) {
             let Some(member) = snapshot.point(target) else { continue };
             if member.point.kind() == PointKind::External {
                 snapshots.push(DiskSnapshotDoc {
@@ -436,11 +436,17 @@ impl Owner {
                 format!("{name} of {image} is part of snapshot {} of domain {domain}", snapshot.name),
             )
             .state("no changes made")
-            .advise(format!(
-                "{}use `domsnap {command} {domain} {}`, which takes all its disks",
-                self.brought_back(),
-                snapshot.name
-            ))),
+            .advise(match snapshot.role {
+                SnapshotRole::Snapshot => format!(
+                    "{}use `domsnap {command} {domain} {}`, which takes all its disks",
+                    self.brought_back(),
+                    snapshot.name
+                ),
+                _ => format!(
+                    "{}it is the state that the last revert replaced: `domsnap undo {domain} --forget` removes it",
+                    self.brought_back()
+                ),
+            })),
         }
     }
 

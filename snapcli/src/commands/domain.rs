@@ -225,7 +225,7 @@ fn row(listed: &ListedDomain, columns: usize) -> Vec<String> {
 fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
     let listing = session.ask(session.service.list(domain))?;
     let disks = session.ask(session.service.inspect(domain))?;
-    let snapshots = ListDoc::of(&listing, session.service.registry()).snapshots;
+    let ListDoc { snapshots, previous, .. } = ListDoc::of(&listing, session.service.registry());
     let Now { power, machine, problem } = match listing.domain.control {
         Some(_) => power::now(session, domain),
         None => Now::default(),
@@ -240,7 +240,7 @@ fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
         }
         for disk in &document.disks {
             text.push('\n');
-            text.push_str(&layers(disk, &snapshots));
+            text.push_str(&layers(disk, &snapshots, previous.as_ref()));
         }
         text + &stopped(&document.unfinished, document.domain.name.as_str())
     }))

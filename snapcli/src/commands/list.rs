@@ -3,19 +3,24 @@
 use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use snapcore::backend::{DiskState, Layer};
 use snapcore::service::{DiskReport, DomainRef, Unfinished};
 
 use crate::answer::Answer;
 use crate::args::List;
-use crate::documents::{ListAllDoc, ListDoc, SnapshotDoc};
+use crate::documents::{ListAllDoc, ListDoc, PointDoc, PreviousDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::{indent, table};
 use crate::tree::{self, Signs};
 use crate::{
-    commands::{change::names, show::memory_size},
+    commands::{
+        change::names,
+        held::{marks, previous},
+        show::memory_size,
+    },
     units,
 };
 
@@ -58,12 +63,15 @@ fn reported(document: &ListDoc, args: &List, title: Option<&str>) -> String {
         (false, true) => format!("{} has no snapshots\n", document.domain),
         (false, false) => tabled(&document.snapshots, &zone),
     };
+    if let Some(state) = &document.previous {
+        text.push_str(&previous(document.domain.as_str(), state, Timestamp::now()));
+    }
     if let Some(title) = title {
         text = format!("{title}\n{}", indent(&text, "  "));
     }
     for disk in document.disks.iter().flatten() {
         text.push('\n');
-        text.push_str(&layers(disk, &document.snapshots));
+        text.push_str(&layers(disk, &document.snapshots, document.previous.as_ref()));
     }
     if document.disks.is_some() {
         text.push_str(&memory(&document.snapshots));
@@ -72,6 +80,7 @@ fn reported(document: &ListDoc, args: &List, title: Option<&str>) -> String {
 }
 
 fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
+    let now = Timestamp::now();
     let rows = snapshots.iter().map(|snapshot| {
         vec![
             if snapshot.current { "*" } else { "" }.to_owned(),
@@ -81,10 +90,10 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
             kinds(snapshot),
             consistency(snapshot),
             units::bytes_or_dash(snapshot.size()),
-            snapshot.description.clone(),
+            described(snapshot, now),
         ]
     });
-    let described = snapshots.iter().any(|snapshot| !snapshot.description.is_empty());
+    let described = snapshots.iter().any(|snapshot| !described(snapshot, now).is_empty());
     let columns = ["", "NAME", "PARENT", "CREATED", "KIND", "CONSISTENCY", ">SIZE", "DESCRIPTION"];
     match described {
         true => table(&columns, rows),
@@ -95,6 +104,15 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
                 row
             }),
         ),
+    }
+}
+
+/// The description of a snapshot, and what keeps or ends it.
+fn described(snapshot: &SnapshotDoc, now: Timestamp) -> String {
+    match (snapshot.description.as_str(), marks(&snapshot.holds, snapshot.deferred, snapshot.expires, now)) {
+        (text, marks) if marks.is_empty() => text.to_owned(),
+        ("", marks) => format!("[{marks}]"),
+        (text, marks) => format!("{text} [{marks}]"),
     }
 }
 
@@ -131,6 +149,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
     let digits = sizes.iter().map(String::len).max().unwrap_or(0);
     let now = AnsiColor::Green.on_default().bold();
     let dim = Style::new().dimmed();
+    let moment = Timestamp::now();
     let mut text = String::new();
     for line in &lines {
         let Some(index) = line.node else {
@@ -141,7 +160,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
         let gap = " ".repeat(widest - width(line));
         let time = units::time(snapshot.created, zone);
         let facts = format!("{time}  {:widest_kind$}  {:>digits$}", kinds(snapshot), sizes[index]);
-        let row = match snapshot.description.as_str() {
+        let row = match described(snapshot, moment).as_str() {
             "" => format!("{}{}{gap}  {dim}{}{dim:#}", line.graph, snapshot.name, facts.trim_end()),
             message => format!("{}{}{gap}  {dim}{facts}{dim:#}  {message}", line.graph, snapshot.name),
         };
@@ -152,7 +171,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
 }
 
 /// One disk's layers: each file, its size, and what it is there for.
-pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
+pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc], previous: Option<&PreviousDoc>) -> String {
     let record = &disk.record.disk;
     let mut text = format!("{}  {} ({})\n", record.target, record.address, record.format);
     if let Some(problem) = &disk.problem {
@@ -164,7 +183,7 @@ pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
             shown_name(layer),
             units::bytes(layer.allocated),
             units::bytes(layer.virtual_size),
-            holds(layer, state, disk, snapshots),
+            holds(layer, state, disk, snapshots, previous),
         ]
     });
     text.push_str(&indent(&table(&["LAYER", ">ON DISK", ">DISK SIZE", "HOLDS"], rows), "  "));
@@ -192,24 +211,36 @@ fn shown_name(layer: &Layer) -> String {
     }
 }
 
-fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
+fn holds(
+    layer: &Layer,
+    state: &DiskState,
+    disk: &DiskReport,
+    snapshots: &[SnapshotDoc],
+    previous: Option<&PreviousDoc>,
+) -> String {
     let mut parts = Vec::new();
     if layer.name == state.active {
         parts.push("current state".to_owned());
     }
-    let mine = |snapshot: &&SnapshotDoc, tag: Option<&str>| {
-        snapshot.points.iter().any(|point| {
+    let has = |points: &[PointDoc], tag: Option<&str>| {
+        points.iter().any(|point| {
             point.target == state.target
                 && point.tag.as_deref() == tag
                 && same_file(point.layer.as_str(), layer)
         })
     };
+    let mine = |snapshot: &&SnapshotDoc, tag: Option<&str>| has(&snapshot.points, tag);
+    let replaced = |tag: Option<&str>| previous.is_some_and(|previous| has(&previous.points, tag));
+    if replaced(None) {
+        parts.push("replaced state".to_owned());
+    }
     for snapshot in snapshots.iter().filter(|snapshot| mine(snapshot, None)) {
         parts.push(snapshot.name.to_string());
     }
     for point in &layer.internal {
         match snapshots.iter().find(|snapshot| mine(snapshot, Some(&point.tag))) {
             Some(snapshot) => parts.push(format!("{} (internal)", snapshot.name)),
+            None if replaced(Some(&point.tag)) => parts.push("replaced state (internal)".to_owned()),
             None => parts.push(format!("tag {} (of no snapshot)", point.tag)),
         }
     }

@@ -5,6 +5,7 @@ mod disk;
 mod domain;
 mod generate;
 mod health;
+mod held;
 mod list;
 mod power;
 mod scan;
@@ -31,6 +32,13 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Create(create) => change::create(&open(global)?, create),
         Command::Revert(revert) => change::revert(&open(global)?, revert),
         Command::Delete(delete) => change::delete(&open(global)?, delete),
+        Command::Undo(undo) => held::undo(&open(global)?, undo),
+        Command::Hold(hold) => held::hold(&open(global)?, hold),
+        Command::Release(release) => held::release(&open(global)?, release),
+        Command::Rename(rename) => held::rename(&open(global)?, rename),
+        Command::Describe(describe) => held::describe(&open(global)?, describe),
+        Command::Expire(expire) => held::expire(&open(global)?, expire),
+        Command::History(history) => held::history(&open(global)?, &history),
         Command::List(list) => list::run(&open(global)?, &list),
         Command::Show(show) => show::run(&open(global)?, &show),
         Command::Domain(domain) => domain::run(&open(global)?, domain),

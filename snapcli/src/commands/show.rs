@@ -1,5 +1,6 @@
 //! `domsnap show`
 
+use jiff::Timestamp;
 use snapcore::backend::DeleteCost;
 use snapcore::service::Details;
 use snapcore::{Consistency, MemoryPoint};
@@ -7,6 +8,7 @@ use snapcore::{Consistency, MemoryPoint};
 use crate::answer::Answer;
 use crate::args::Show;
 use crate::commands::change::{kind_word, names};
+use crate::commands::held::expiry;
 use crate::documents::{DeleteDoc, PointDoc, ShowDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -20,6 +22,7 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 }
 
 fn document(details: Details) -> ShowDoc {
+    let now = Timestamp::now();
     let Details { domain, snapshot, current, parent, children, members, machine, .. } = details;
     let Details { memory_gone, outside, shared, .. } = details;
     let points = members.iter().map(|member| PointDoc {
@@ -43,6 +46,9 @@ fn document(details: Details) -> ShowDoc {
             points: points.collect(),
             memory: snapshot.memory,
             skipped: snapshot.skipped,
+            holds: snapshot.holds.into_iter().filter(|hold| hold.is_active(now)).collect(),
+            deferred: snapshot.deferred,
+            expires: snapshot.expires,
         },
         children,
         machine,
@@ -71,6 +77,15 @@ fn reported(document: &ShowDoc) -> String {
     };
     line("children", &children);
     line("current", if snapshot.current { "yes" } else { "no" });
+    for hold in &snapshot.holds {
+        line("held by", &hold.to_string());
+    }
+    if snapshot.deferred {
+        line("deferred", "it is deleted when its last hold ends");
+    }
+    if let Some(expiry) = expiry(snapshot.expires, Timestamp::now()) {
+        line("expiry", &expiry);
+    }
     line("id", &snapshot.id.to_string());
     if let Some(memory) = &snapshot.memory {
         line("memory", &memory_text(memory, document.memory_gone));

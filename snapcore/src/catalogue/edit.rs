@@ -3,7 +3,7 @@
 use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
-use crate::snapshot::SnapshotTree;
+use crate::snapshot::{Snapshot, SnapshotRole, SnapshotTree};
 use crate::step::Edit;
 
 impl Edit {
@@ -22,7 +22,29 @@ impl Edit {
                     )
                     .advise("choose another name"));
                 }
-                let all = tree.iter().cloned().chain([(**snapshot).clone()]).collect();
+                let mut all: Vec<Snapshot> = tree.iter().cloned().collect();
+                drop_previous(&mut all, snapshot);
+                all.push((**snapshot).clone());
+                *tree = SnapshotTree::new(all);
+            }
+            Edit::Amend { snapshot } => {
+                if tree.iter().any(|known| known.name == snapshot.name && known.id != snapshot.id) {
+                    return Err(Error::new(
+                        ErrorKind::Exists,
+                        format!("domain {} has a snapshot {} already", domain.name, snapshot.name),
+                    )
+                    .advise("choose another name"));
+                }
+                let mut all: Vec<Snapshot> = tree.iter().cloned().collect();
+                let Some(known) = all.iter_mut().find(|known| known.id == snapshot.id) else {
+                    return Err(Error::new(
+                        ErrorKind::NotFound,
+                        format!("domain {} has no snapshot of the identity {}", domain.name, snapshot.id),
+                    ));
+                };
+                let Snapshot { name, description, role, holds, deferred, expires, .. } = (**snapshot).clone();
+                *known = Snapshot { name, description, role, holds, deferred, expires, ..known.clone() };
+                drop_previous(&mut all, snapshot);
                 *tree = SnapshotTree::new(all);
             }
             Edit::RemoveSnapshot { id } => {
@@ -86,6 +108,18 @@ impl Edit {
             Edit::SetPath { target, path } => disk(domain, target)?.disk.address = path.clone(),
         }
         Ok(())
+    }
+}
+
+/// Gives up the previous state of the domain where `added` takes its place: there is at most one.
+fn drop_previous(all: &mut [Snapshot], added: &Snapshot) {
+    if added.role != SnapshotRole::Previous {
+        return;
+    }
+    for other in all.iter_mut().filter(|other| other.id != added.id) {
+        if other.role == SnapshotRole::Previous {
+            other.role = SnapshotRole::Dropped;
+        }
     }
 }
 

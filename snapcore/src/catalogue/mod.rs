@@ -235,6 +235,10 @@ pub trait Catalogue: Send + Sync {
     /// The operations of a domain that have not ended, oldest first.
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>>;
 
+    /// The operations of a domain that the journal still has, oldest first: the last ones at least, and all
+    /// that have not ended.
+    async fn operations(&self, name: &DomainName) -> Result<Vec<Operation>>;
+
     /// One operation of a domain.
     async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>>;
 

@@ -24,7 +24,18 @@ pub(super) struct Merged {
 impl Merged {
     /// Adds the plan of one disk.
     pub(super) fn add(&mut self, disk: DiskPlan) {
-        let DiskPlan { prepare, instant, cut, commit, detached, finish, point: _, notes } = disk;
+        let DiskPlan {
+            prepare,
+            instant,
+            cut,
+            commit,
+            detached,
+            finish,
+            point: _,
+            reserves: _,
+            consumes: _,
+            notes,
+        } = disk;
         self.prepare.extend(prepare.into_iter().map(PlanStep::Disk));
         self.nested.extend(instant.into_iter().flat_map(|instant| instant.nested));
         self.cut.extend(cut.into_iter().map(CutUnit::Disk));

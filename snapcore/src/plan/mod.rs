@@ -1,6 +1,7 @@
 //! Plans a request over all disks of a domain: a function of the current state, without a side effect.
 
 mod capabilities;
+mod held;
 mod live;
 mod merged;
 
@@ -17,15 +18,21 @@ use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk};
 use crate::name::{SnapshotName, Target};
-use crate::request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
+use crate::request::{
+    CreateDisk, CreateRequest, DeleteRequest, DeleteScope, KeepPrevious, Request, RevertRequest, is_reserved,
+    previous_name,
+};
 use crate::shape::Plan;
 use crate::snapshot::{
-    Consistency, DiskPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
+    Consistency, DiskPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotRole, SnapshotTree,
 };
 use crate::state::DiskState;
 use crate::step::Edit;
 
+use held::held_note;
 use merged::Merged;
+
+pub(crate) use held::records_only;
 
 pub(crate) use live::RunningDomain;
 
@@ -72,7 +79,12 @@ pub(crate) async fn plan(
         Request::Create(create) => planner.create(create).await,
         Request::Revert(revert) => planner.revert(revert).await,
         Request::Delete(delete) => planner.delete(delete).await,
-        Request::Tidy => planner.drop_snapshots("tidy", &BTreeSet::new(), false).await,
+        Request::Tidy => planner.tidy().await,
+        Request::Undo(undo) if undo.forget => planner.forget().await,
+        Request::Undo(undo) => planner.revert(&undo.as_revert(tree, alive.is_some())?).await,
+        Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
+            records_only(domain, tree, request, Timestamp::now())
+        }
     }
 }
 
@@ -91,7 +103,10 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     async fn create(&self, request: &CreateRequest) -> Result<Plan> {
-        self.new_name(&request.name)?;
+        match request.hidden {
+            true => self.free_name(&request.name)?,
+            false => self.new_name(&request.name)?,
+        }
         let others = self.disks_of_others();
         for (index, (target, how)) in request.disks.iter().enumerate() {
             if request.disks.iter().take(index).any(|(other, _)| other == target) {
@@ -173,16 +188,27 @@ impl Planner<'_> {
         }
         let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
         snapshot.skipped = skipped;
+        snapshot.expires = request.expires;
+        if request.hidden {
+            snapshot.role = SnapshotRole::Dropped;
+        }
         merged.notes.extend(self.replaced(&BTreeSet::new()));
         self.create_alive(request, instants, &mut snapshot, &mut merged)?;
         let id = snapshot.id;
         merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
-        merged.commit.push(Edit::SetCurrent { id: Some(id) });
+        // The state that a revert is about to replace derives from what it did. It is the previous state from
+        // the commit point of that revert on, and so is only then in the place of an earlier one.
+        if !request.hidden {
+            merged.commit.push(Edit::SetCurrent { id: Some(id) });
+            merged.commit.extend(self.drop_previous());
+        }
         merged.plan("create", vec![request.name.clone()])
     }
 
     async fn revert(&self, request: &RevertRequest) -> Result<Plan> {
-        let wanted = self.named(&request.name)?;
+        let wanted = request
+            .wanted(self.tree)
+            .map_err(|error| error.context(format!("domain {}", self.domain.name)))?;
         self.require_options(request)?;
         if let Some(name) = &request.save_current {
             self.new_name(name)?;
@@ -192,21 +218,8 @@ impl Planner<'_> {
         let is_spared = |target: &Target| wanted.point(target).is_none() || skips(target);
         self.refuse_moved(is_spared)?;
         self.refuse_unfit(is_spared)?;
-        let mut plans = Vec::new();
-        for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
-            let Some(member) = wanted.point(disk.target()) else { continue };
-            require_single_tag(disk, &member.point)?;
-            self.refuse_replaced(wanted, disk, member)?;
-            self.require_live(disk)?;
-            if request.save_current.is_some() {
-                self.require_new_point(disk)?;
-            }
-            // Every disk's revert can be undone, also the last one's. Otherwise a crash between its cut and
-            // the commit would leave it reverted and the others not. The domain's later writes could not be
-            // attributed to either state.
-            plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
-        }
         let mut merged = Merged::default();
+        let (save, plans) = self.revert_disks(wanted, request, &mut merged.notes).await?;
         for target in &request.skip {
             merged.notes.push(format!("{target}: skipped as asked: it keeps what it holds now"));
         }
@@ -232,14 +245,14 @@ impl Planner<'_> {
         }
         let mut saved = Vec::new();
         for (disk, plan) in plans {
-            if request.save_current.is_some() {
+            if save.is_some() {
                 saved.push(self.member(disk, &plan)?);
             }
             merged.add(plan);
         }
         saved.sort_by_key(|member| self.disks.iter().position(|disk| *disk.target() == member.target));
         let mut names = vec![wanted.name.clone()];
-        if let Some(name) = &request.save_current {
+        if let Some(name) = &save {
             let mut snapshot =
                 self.snapshot(name.clone(), format!("the state before a revert to {}", wanted.name), saved);
             let skipped = self.domain.disks.iter().filter(|record| skips(&record.disk.target));
@@ -248,13 +261,94 @@ impl Planner<'_> {
                 image: record.disk.address.to_string(),
             });
             snapshot.skipped = skipped.collect();
+            if request.save_current.is_none() {
+                snapshot.role = SnapshotRole::Previous;
+                // Of the guest's disks at the instant at which it was paused.
+                if self.alive.is_some() {
+                    snapshot.consistency = Consistency::Crash;
+                    merged.notes.push(
+                        "the replaced state is kept without the guest's memory: an undo resets the guest; --undo=memory \
+                         keeps the memory too"
+                            .to_owned(),
+                    );
+                }
+            } else {
+                names.push(name.clone());
+            }
             merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
-            names.push(name.clone());
         }
-        merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
+        // At most one replaced state is kept: that of the last revert.
+        let kept = match &request.saved {
+            Some(name) => self.promote(name)?,
+            None if save.is_some() && request.save_current.is_none() => None,
+            None => self.drop_previous(),
+        };
+        merged.commit.extend(kept);
+        // An undo brings also back what the current state derives from.
+        let current = if request.undo { wanted.parent } else { Some(wanted.id) };
+        merged.commit.push(Edit::SetCurrent { id: current });
         merged.notes.extend(self.replaced(&BTreeSet::new()));
         self.revert_alive(wanted, request, &mut merged)?;
-        merged.plan("revert", names)
+        merged.plan(if request.undo { "undo" } else { "revert" }, names)
+    }
+
+    /// Plans the revert of each disk. Returns the name under which the current state is saved, if it is.
+    async fn revert_disks<'a>(
+        &'a self,
+        wanted: &Snapshot,
+        request: &RevertRequest,
+        notes: &mut Vec<String>,
+    ) -> Result<(Option<SnapshotName>, Vec<(&'a DiskInput, DiskPlan)>)> {
+        let save = match (&request.save_current, request.keep) {
+            (Some(name), _) => Some(name.clone()),
+            (None, KeepPrevious::No) => None,
+            (None, KeepPrevious::IfFree | KeepPrevious::Disks | KeepPrevious::Memory) => {
+                Some(previous_name()?)
+            }
+        };
+        if request.save_current.is_some() || request.keep != KeepPrevious::IfFree {
+            let plans = self.revert_each(wanted, request, save.as_ref()).await?;
+            return Ok((save, plans));
+        }
+        let why = match self.revert_each(wanted, request, save.as_ref()).await {
+            Ok(plans) => match plans.iter().find_map(|(disk, plan)| Some((disk, plan.reserves.as_ref()?))) {
+                None => return Ok((save, plans)),
+                Some((disk, reserves)) => {
+                    format!("{}: {reserves}; --undo=disks keeps it", disk.target())
+                }
+            },
+            Err(error) => error.summary(),
+        };
+        let plans = self.revert_each(wanted, request, None).await?;
+        notes.push(format!("the replaced state is not kept: {why}"));
+        Ok((None, plans))
+    }
+
+    async fn revert_each<'a>(
+        &'a self,
+        wanted: &Snapshot,
+        request: &RevertRequest,
+        save: Option<&SnapshotName>,
+    ) -> Result<Vec<(&'a DiskInput, DiskPlan)>> {
+        let mut plans = Vec::new();
+        for disk in self.disks.iter().filter(|disk| !request.skip.contains(disk.target())) {
+            let Some(member) = wanted.point(disk.target()) else { continue };
+            require_single_tag(disk, &member.point)?;
+            self.refuse_replaced(wanted, disk, member)?;
+            self.require_live(disk)?;
+            if save.is_some() {
+                self.require_new_point(disk)?;
+            }
+            // Every disk's revert can be undone, also the last one's. Otherwise a crash between its cut and
+            // the commit would leave it reverted and the others not. The domain's later writes could not be
+            // attributed to either state.
+            let plan = self.revert_disk(disk, &member.point, save).await?;
+            if plan.consumes {
+                wanted.refuse_held(self.domain.name.as_str(), "revert", Timestamp::now())?;
+            }
+            plans.push((disk, plan));
+        }
+        Ok(plans)
     }
 
     /// Refuses to leave out a disk that does not exist. Refuses also a disk that the restored memory would
@@ -369,10 +463,15 @@ impl Planner<'_> {
         )))
     }
 
-    async fn revert_disk(&self, disk: &DiskInput, to: &Point, request: &RevertRequest) -> Result<DiskPlan> {
+    async fn revert_disk(
+        &self,
+        disk: &DiskInput,
+        to: &Point,
+        save: Option<&SnapshotName>,
+    ) -> Result<DiskPlan> {
         let ask = DiskRequest::Revert {
             to: to.clone(),
-            save: request.save_current.clone(),
+            save: save.cloned(),
             keep: self.tree.points(disk.target()).cloned().collect(),
             stamp: stamp(),
         };
@@ -426,6 +525,7 @@ impl Planner<'_> {
             .state("no changes made")
             .advise("leave --limit out: only merges of a running domain are slowed down"));
         }
+        let now = Timestamp::now();
         let mut doomed = BTreeSet::new();
         for name in &request.names {
             let snapshot = self.named(name)?;
@@ -433,10 +533,28 @@ impl Planner<'_> {
                 doomed.insert(snapshot.id);
             }
             if request.scope != DeleteScope::Only {
-                doomed.extend(self.tree.descendants(snapshot.id).iter().map(|descendant| descendant.id));
+                let derived = self.tree.descendants(snapshot.id).into_iter();
+                // The state that a revert replaced is no snapshot: it gets another parent, as now.
+                let derived = derived.filter(|derived| derived.role == SnapshotRole::Snapshot);
+                doomed.extend(derived.map(|derived| derived.id));
             }
         }
-        self.drop_snapshots("delete", &doomed, request.force).await
+        if request.expired {
+            doomed.extend(self.expired(now).map(|snapshot| snapshot.id));
+        }
+        let deferred = match request.defer {
+            true => self.defer_held(&mut doomed, now),
+            false => Vec::new(),
+        };
+        for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+            snapshot.refuse_held(self.domain.name.as_str(), "delete", now)?;
+        }
+        let mut plan = self.drop_snapshots("delete", &doomed, request.force).await?;
+        for snapshot in deferred {
+            plan.notes.push(held_note(&snapshot, now));
+            plan.commit.push(Edit::Amend { snapshot: Box::new(snapshot) });
+        }
+        Ok(plan)
     }
 
     async fn drop_snapshots(
@@ -516,14 +634,12 @@ impl Planner<'_> {
     }
 
     fn new_name(&self, name: &SnapshotName) -> Result<()> {
-        match self.tree.named(name) {
-            Ok(_) => Err(Error::new(
-                ErrorKind::Exists,
-                format!("domain {} has a snapshot {name} already", self.domain.name),
-            )
-            .advise("choose another name, or delete that one first")),
-            Err(_) => Ok(()),
-        }
+        refuse_reserved(name)?;
+        self.free_name(name)
+    }
+
+    fn free_name(&self, name: &SnapshotName) -> Result<()> {
+        refuse_taken(self.domain, self.tree, name)
     }
 
     fn member(&self, disk: &DiskInput, plan: &DiskPlan) -> Result<DiskPoint> {
@@ -537,18 +653,10 @@ impl Planner<'_> {
     }
 
     fn snapshot(&self, name: SnapshotName, description: String, disks: Vec<DiskPoint>) -> Snapshot {
-        Snapshot {
-            id: SnapshotId::fresh(),
-            name,
-            parent: self.domain.current,
-            created: Timestamp::now(),
-            description,
-            consistency: Consistency::Clean,
-            disks,
-            memory: None,
-            machine: None,
-            skipped: Vec::new(),
-        }
+        Snapshot::new(name, Timestamp::now(), disks)
+            .parent(self.domain.current)
+            .description(description)
+            .consistency(Consistency::Clean)
     }
 }
 
@@ -567,6 +675,31 @@ pub(crate) fn split_points(
     };
     let keep: Vec<Point> = points_of(false).collect();
     (points_of(true).filter(|point| !keep.contains(point)).collect(), keep)
+}
+
+/// Refuses a name that only domsnap gives.
+fn refuse_reserved(name: &SnapshotName) -> Result<()> {
+    match is_reserved(name) {
+        true => Err(Error::new(
+            ErrorKind::Usage,
+            format!("{name}: names that begin so are those of replaced states"),
+        )
+        .state("no changes made")
+        .advise("choose another name")),
+        false => Ok(()),
+    }
+}
+
+/// Refuses the name of a snapshot that exists.
+fn refuse_taken(domain: &Domain, tree: &SnapshotTree, name: &SnapshotName) -> Result<()> {
+    match tree.iter().any(|snapshot| snapshot.name == *name) {
+        true => Err(Error::new(
+            ErrorKind::Exists,
+            format!("domain {} has a snapshot {name} already", domain.name),
+        )
+        .advise("choose another name, or delete that one first")),
+        false => Ok(()),
+    }
 }
 
 /// The hypervisor's part in the cut of a disk, if it has one.

@@ -30,6 +30,10 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         memory: None,
         machine: None,
         skipped: Vec::new(),
+        role: SnapshotRole::Snapshot,
+        holds: Vec::new(),
+        deferred: false,
+        expires: None,
     };
     backend.disks().get_mut(disk.path()).unwrap().tags.insert("s1".into(), 1);
     let domain = Domain {

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::rooms::{Rooms, to_the_end};
 use super::{
     Belonging, Details, DiskReport, DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport,
-    Listing, Outcome, RecoveryReport, Removal, Scanned, images, importer,
+    Listing, Outcome, PastOperation, RecoveryReport, Removal, Scanned, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;
@@ -21,7 +21,10 @@ use crate::host::Host;
 use crate::hypervisor::{Control, DomainInfo};
 use crate::name::{DomainName, SnapshotName};
 use crate::registry::Registry;
-use crate::request::{CreateRequest, DeleteRequest, Request, RevertRequest};
+use crate::request::{
+    AmendRequest, CreateRequest, DeleteRequest, HoldRequest, ReleaseRequest, Request, RevertRequest,
+    UndoRequest,
+};
 use crate::shape::Plan;
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
@@ -161,7 +164,17 @@ impl Domsnap {
         if located.catalogued {
             self.rooms.authority.require(&manifests, &located.entry).await?;
         }
+        if request.is_of_records() {
+            return Ok(vec![self.rooms.planning.plan_for(&located.entry, None, request).await?]);
+        }
         let live = self.rooms.locator.connect(&located.entry.domain).await?;
+        let request = &match request {
+            Request::Undo(undo) if !undo.forget => {
+                let revert = undo.as_revert(&located.entry.tree, live.is_some());
+                Request::Revert(revert.map_err(|error| error.context(format!("domain {name}")))?)
+            }
+            request => request.clone(),
+        };
         let saved = match request {
             Request::Revert(revert) if live.is_some() => {
                 let saver = self.rooms.registry.hypervisor(&located.entry.domain.hypervisor)?;
@@ -172,7 +185,9 @@ impl Domsnap {
         let mut plans = Vec::new();
         match saved {
             None => plans.push(self.rooms.planning.plan_for(&located.entry, live.as_ref(), request).await?),
-            Some((save, revert)) => {
+            Some((save, mut revert)) => {
+                // The hidden snapshot is not there yet.
+                revert.saved = None;
                 for request in [Request::Create(save), Request::Revert(revert)] {
                     plans.push(self.rooms.planning.plan_for(&located.entry, live.as_ref(), &request).await?);
                 }
@@ -240,6 +255,87 @@ impl Domsnap {
     /// The errors of [`Domsnap::create`].
     pub async fn tidy(&self, domain: &DomainRef, cancel: CancellationToken) -> Result<Outcome> {
         self.change(domain, Request::Tidy, cancel).await
+    }
+
+    /// Brings back the state that the last revert replaced, or gives it up. The state that is replaced now is
+    /// kept in its place, so an undo of the undo is the identity.
+    ///
+    /// ```no_run
+    /// # use snapcore::service::{DomainRef, Domsnap, KeepPrevious, RevertRequest, UndoRequest};
+    /// # use snapcore::SnapshotName;
+    /// # use tokio_util::sync::CancellationToken;
+    /// # async fn undo(domsnap: &Domsnap) -> snapcore::Result<()> {
+    /// let web = DomainRef::parse("web")?;
+    /// let monday = RevertRequest::new(SnapshotName::new("monday")?).keep(KeepPrevious::IfFree);
+    /// if domsnap.revert(&web, monday, CancellationToken::new()).await?.kept {
+    ///     // It was the wrong domain.
+    ///     domsnap.undo(&web, UndoRequest::new(), CancellationToken::new()).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where no state is kept; the errors of [`Domsnap::revert`] or
+    /// [`Domsnap::delete`].
+    pub async fn undo(
+        &self,
+        domain: &DomainRef,
+        request: UndoRequest,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        self.change(domain, Request::Undo(request), cancel).await
+    }
+
+    /// Holds a snapshot, so that it is not deleted. A snapshot can have many holds, one by each holder. Only
+    /// records change, so the domain may run.
+    ///
+    /// ```no_run
+    /// # use snapcore::service::{DeleteRequest, DomainRef, Domsnap, HoldRequest, ReleaseRequest};
+    /// # use snapcore::{Holder, SnapshotName};
+    /// # use tokio_util::sync::CancellationToken;
+    /// # async fn copied(domsnap: &Domsnap) -> snapcore::Result<()> {
+    /// let (web, monday) = (DomainRef::parse("web")?, SnapshotName::new("monday")?);
+    /// let holder = Holder::new("copy-job")?;
+    /// domsnap.hold(&web, HoldRequest::new(monday.clone(), holder.clone())).await?;
+    /// // Copy it. If a user wants to delete it meanwhile, that waits.
+    /// let deferred = DeleteRequest::new(vec![monday.clone()]).defer(true);
+    /// domsnap.delete(&web, deferred, CancellationToken::new()).await?;
+    /// // Now it is deleted.
+    /// domsnap.release(&web, ReleaseRequest::new(monday, holder)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Usage`]; [`ErrorKind::Exists`] where the holder holds it.
+    pub async fn hold(&self, domain: &DomainRef, request: HoldRequest) -> Result<Outcome> {
+        self.change(domain, Request::Hold(request), CancellationToken::new()).await
+    }
+
+    /// Ends a hold. If it was the last one of a snapshot whose deletion was deferred, the snapshot is
+    /// deleted; a failure of that is a note of the outcome, and `recover` tries it again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Refused`] for a hold that domsnap itself gave.
+    pub async fn release(&self, domain: &DomainRef, request: ReleaseRequest) -> Result<Outcome> {
+        self.change(domain, Request::Release(request), CancellationToken::new()).await
+    }
+
+    /// Changes the name, the description or the expiry of a snapshot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Exists`] for a name that is in use.
+    pub async fn amend(&self, domain: &DomainRef, request: AmendRequest) -> Result<Outcome> {
+        self.change(domain, Request::Amend(request), CancellationToken::new()).await
+    }
+
+    /// The last operations on a domain, oldest first. The journal has a limited number of them.
+    ///
+    /// # Errors
+    /// The errors of [`Domsnap::resolve`].
+    pub async fn history(&self, domain: &DomainRef) -> Result<Vec<PastOperation>> {
+        self.rooms.viewer.history(domain).await
     }
 
     async fn change(

@@ -34,13 +34,16 @@ mod rooms;
 mod viewer;
 
 pub use crate::event::{Event, EventStream};
-pub use crate::request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
+pub use crate::request::{
+    AmendRequest, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, HoldRequest, KeepPrevious,
+    ReleaseRequest, Request, RevertRequest, UndoRequest,
+};
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;
 pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
-    Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, Postponed,
-    RecoveryEnd, RecoveryReport, Removal, Unfinished,
+    Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, PastOperation,
+    Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, Unfinished,
 };
 pub use viewer::Belonging;

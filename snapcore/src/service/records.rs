@@ -53,6 +53,11 @@ impl Records {
         self.0.owners(images).await
     }
 
+    /// The operations of a domain that the journal still has, oldest first.
+    pub(super) async fn operations(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        self.0.operations(name).await
+    }
+
     /// The operations of a domain that have not ended, oldest first.
     pub(super) async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         self.0.unfinished(name).await

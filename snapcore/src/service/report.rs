@@ -50,6 +50,9 @@ pub struct Outcome {
     /// The process that runs the domain now, where it was started.
     #[serde(default)]
     pub started: Option<StartedDomain>,
+    /// For a revert or an undo: true if the replaced state is kept, so that an undo brings it back.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 /// Deferred steps of one disk, or of the domain.
@@ -126,6 +129,35 @@ pub struct Unfinished {
     pub started: Timestamp,
 }
 
+/// An operation that the journal has, ended or not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct PastOperation {
+    /// The journal's identity.
+    pub id: OperationId,
+    /// The operation: "create", "revert", "undo", "delete", "forget", "tidy", "hold", "release", "amend".
+    pub operation: String,
+    /// The snapshots that it concerned, by the names that they had then.
+    pub snapshots: Vec<SnapshotName>,
+    /// Its state: `done`, `undone`, or the one in which it is.
+    pub state: OperationState,
+    /// The time of its start.
+    #[schemars(with = "String")]
+    pub started: Timestamp,
+    /// The errors in its course.
+    pub errors: Vec<String>,
+}
+
+/// The state that the last revert replaced.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct PreviousState {
+    /// Its record. `created` is the time of the revert.
+    pub snapshot: Snapshot,
+    /// Bytes on the disk that are freed when it is given up; absent where a disk cannot be read.
+    pub frees: Option<u64>,
+}
+
 /// A domain and its snapshots.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
@@ -137,6 +169,9 @@ pub struct Listing {
     pub catalogued: bool,
     /// Its snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
+    /// The state that the last revert replaced, where it is kept.
+    #[serde(default)]
+    pub previous: Option<PreviousState>,
     /// Operations that were interrupted, or run just now.
     pub unfinished: Vec<Unfinished>,
 }

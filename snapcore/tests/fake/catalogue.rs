@@ -167,7 +167,7 @@ impl Catalogue for FakeCatalogue {
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         let store = self.store();
         let summary = |records: &Records| {
-            EntrySummary::new(records.entry.domain.clone(), records.entry.tree.len() as u64)
+            EntrySummary::new(records.entry.domain.clone(), records.entry.tree.taken().count() as u64)
                 .unfinished(records.operations.iter().any(|operation| !operation.state.is_final()))
                 .bases(records.bases.clone())
         };
@@ -188,6 +188,12 @@ impl Catalogue for FakeCatalogue {
         let store = self.store();
         let all = store.domains.get(name).into_iter().flat_map(|records| &records.operations);
         Ok(all.filter(|operation| !operation.state.is_final()).cloned().collect())
+    }
+
+    async fn operations(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        let store = self.store();
+        let all = store.domains.get(name).into_iter().flat_map(|records| &records.operations);
+        Ok(all.cloned().collect())
     }
 
     async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {

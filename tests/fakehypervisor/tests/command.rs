@@ -50,6 +50,7 @@ impl Place {
             .args(args)
             .env("FAKE_MACHINES", &self.root)
             .env("DOMSNAP_STATE_DIR", self.root.join("state"))
+            .env("DOMSNAP_UNDO", "no")
             .output()?;
         let mut said = String::from_utf8(output.stdout)?;
         said.push_str(&String::from_utf8(output.stderr)?);

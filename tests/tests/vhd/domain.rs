@@ -65,6 +65,32 @@ fn three_formats_in_one_domain() -> Result<()> {
     Ok(())
 }
 
+/// What a revert replaced comes back, and an undo of the undo is the identity.
+#[test]
+fn undo_swaps_states_of_a_vhd() -> Result<()> {
+    let place = Place::new()?;
+    let vhd = place.vhd("a.vhd")?;
+    let domsnap = place.domsnap();
+    domsnap.done(&["domain", "add", "web", "--disk", &format!("vda={}", place.disk("a.vhd"))])?;
+    write(&vhd, 0, &[1; 4096])?;
+    domsnap.done(&["create", "web", "s1"])?;
+    let first = read(&vhd)?;
+    write(&vhd, 1000, &[2; 3000])?;
+    write(&vhd, 4 << 20, &[3; 512])?;
+    let second = read(&vhd)?;
+    domsnap.done(&["revert", "web", "s1", "--undo=free"])?;
+    ensure!(read(&vhd)? == first);
+    for wanted in [&second, &first, &second] {
+        domsnap.done(&["undo", "web"])?;
+        ensure!(read(&vhd)? == *wanted, "another state came back");
+        domsnap.done(&["check", "web"])?;
+    }
+    domsnap.done(&["undo", "web", "--forget"])?;
+    domsnap.done(&["delete", "web", "s1"])?;
+    ensure!(read(&vhd)? == second && place.frozen("a")?.is_empty());
+    Ok(())
+}
+
 /// A chain that was moved and renamed is found by its ids; `relocate`, `check --repair`, `resize` and
 /// `materialise` work on it; QEMU reads the copies.
 #[test]

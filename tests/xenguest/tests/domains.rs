@@ -98,7 +98,12 @@ impl Run {
 
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(DOMSNAP);
-        command.args(args).env("DOMSNAP_STATE_DIR", &self.state).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+            .args(args)
+            .env("DOMSNAP_STATE_DIR", &self.state)
+            .env("DOMSNAP_UNDO", "no")
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
         command
     }
 

@@ -1,9 +1,10 @@
 //! `domsnap disk serve`: one image over NBD, in a process of its own, for as long as that lives.
 //!
-//! The process holds the image's locks. It changes nothing of the catalogue. What only the service knows is
-//! asked of it before: whether a running domain has the image open, whether it is a frozen layer, whether
-//! other images are backed by it.
+//! The process holds the image's locks. A snapshot that it serves gets a hold, which ends with the process.
+//! It changes nothing else of the catalogue. What only the service knows is asked of it before: whether a
+//! running domain has the image open, whether it is a frozen layer, whether other images are backed by it.
 
+mod held;
 mod point;
 mod raw;
 mod vhd;
@@ -34,22 +35,40 @@ pub fn run(session: &Session, serve: Serve) -> Result<Answer, Failure> {
     let passed = Activation::take(&socket).map_err(of_server)?;
     let image = serve.image.file()?;
     let format = serve.image.format.as_deref().unwrap_or(DEFAULT_FORMAT);
-    let (served, formats) = open(session, &image, format, &serve)?;
+    // Before the image is opened: then a delete finds either the hold or no server.
+    let held = serve.at.as_ref().and_then(|name| held::Served::hold(session, &image, name));
+    let served = serve_image(session, &serve, image, format, passed, &socket);
+    if let Some(held) = held {
+        held.release(session);
+    }
+    served
+}
+
+/// Opens the image, and serves it until SIGTERM or SIGINT.
+fn serve_image(
+    session: &Session,
+    serve: &Serve,
+    image: Utf8PathBuf,
+    format: &str,
+    passed: Activation,
+    socket: &Utf8Path,
+) -> Result<Answer, Failure> {
+    let (served, formats) = open(session, &image, format, serve)?;
     let document = DiskServeDoc {
         image,
         format: served.format.clone(),
         snapshot: served.snapshot.clone(),
         virtual_size: served.image.size(),
         read_only: served.image.is_read_only(),
-        socket: socket.clone(),
-        control: control_path(&socket),
+        socket: socket.to_owned(),
+        control: control_path(socket),
     };
     // A failure before this point leaves no socket, and one after it removes both.
     let place = |passed: Option<Place>, path: &Utf8Path| match passed {
         Some(place) => Ok(place),
         None => Place::create(path).map_err(of_server),
     };
-    let disk = place(passed.disk, &socket)?;
+    let disk = place(passed.disk, socket)?;
     let control = place(passed.control, &document.control)?;
     until_the_end(|| {
         let running = Server::new(served, formats).start(disk, control).map_err(of_server)?;

@@ -25,6 +25,10 @@ fn snapshot(name: &str) -> Snapshot {
         memory: None,
         machine: None,
         skipped: Vec::new(),
+        role: SnapshotRole::Snapshot,
+        holds: Vec::new(),
+        deferred: false,
+        expires: None,
     }
 }
 

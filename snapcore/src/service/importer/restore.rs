@@ -12,7 +12,7 @@ use crate::domain::{DiskRecord, Machine};
 use crate::error::Result;
 use crate::manifest::{DomainManifest, Item};
 use crate::name::{DomainName, SnapshotName};
-use crate::snapshot::{DiskPoint, Snapshot, SnapshotId};
+use crate::snapshot::{DiskPoint, Snapshot, SnapshotId, SnapshotRole};
 use crate::state::DiskState;
 
 /// Snapshots that came from manifests.
@@ -57,7 +57,9 @@ impl Importer {
                         report.leftovers.left_out.push(Item::Snapshot(snapshot.id));
                     }
                     None => {
-                        restored.names.push(snapshot.name.clone());
+                        if snapshot.role == SnapshotRole::Snapshot {
+                            restored.names.push(snapshot.name.clone());
+                        }
                         restored.snapshots.push(snapshot);
                     }
                 }
@@ -142,7 +144,7 @@ impl Importer {
             return Ok(found);
         }
         for known in self.records.domains().await? {
-            if known.snapshots == 0 || Some(&known.domain.name) == own {
+            if Some(&known.domain.name) == own {
                 continue;
             }
             let Some(entry) = self.records.find(&known.domain.name).await? else { continue };

@@ -3,6 +3,7 @@
 
 mod abandon;
 mod lock;
+mod records;
 mod recover;
 mod run;
 
@@ -62,16 +63,28 @@ impl Operator {
         cancel: CancellationToken,
     ) -> Result<Outcome> {
         let mut locked = self.locks.lock(&reference, &cancel).await?;
+        if request.is_of_records() {
+            return self.change_records(locked, request, &cancel).await;
+        }
         let mut recovered = Vec::new();
         let mut live = self.locator.connect(&locked.located.entry.domain).await?;
         if locked.located.catalogued {
             self.authority.require(&locked.manifests, &locked.located.entry).await?;
             recovered = self.recover_entry(&mut locked, &mut live, &cancel).await?;
         }
+        let request = match request {
+            Request::Undo(undo) if !undo.forget => {
+                let Entry { domain, tree, .. } = &locked.located.entry;
+                let revert = undo.as_revert(tree, live.is_some());
+                Request::Revert(revert.map_err(|error| error.context(format!("domain {}", domain.name)))?)
+            }
+            request => request,
+        };
         let mut outcome = match &live {
             Some(live) => self.change_alive(&mut locked, live, request, &cancel).await?,
             None => self.change_once(&mut locked, None, &request, &cancel).await?,
         };
+        self.remove_due(&mut locked, &mut outcome, &cancel).await;
         outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
         outcome.recovered = recovered;
         Ok(outcome)
@@ -109,16 +122,21 @@ impl Operator {
         };
         let ran = live.seen().running;
         // A refusal of the revert is found before anything is done.
-        self.planning.plan_for(&locked.located.entry, Some(live), &Request::Revert(revert.clone())).await?;
+        let mut tried = revert.clone();
+        tried.saved = None;
+        self.planning.plan_for(&locked.located.entry, Some(live), &Request::Revert(tried)).await?;
         let saved = self.change_once(locked, Some(live), &Request::Create(save), cancel).await?;
-        let has_memory = locked.located.entry.tree.named(&revert.name)?.memory.is_some();
+        let has_memory = revert.wanted(&locked.located.entry.tree)?.memory.is_some();
         if !has_memory && ran {
             revert.power = revert.power.or(Some(PowerAfter::Running));
         }
+        let revert_saved = revert.saved.clone();
         let reverted = self.change_once(locked, Some(live), &Request::Revert(revert), cancel).await;
         match reverted {
             Ok(mut outcome) => {
-                outcome.snapshots.extend(saved.snapshots);
+                if revert_saved.is_none() {
+                    outcome.snapshots.extend(saved.snapshots);
+                }
                 outcome.notes.splice(0..0, saved.notes);
                 Ok(outcome)
             }
@@ -128,7 +146,10 @@ impl Operator {
                     (true, _) => live.resume().await,
                 };
                 let names: Vec<&str> = saved.snapshots.iter().map(|name| name.as_str()).collect();
-                let kept = format!("the current state was saved as {}, which is kept", names.join(", "));
+                let kept = match revert_saved {
+                    None => format!("the current state was saved as {}, which is kept", names.join(", ")),
+                    Some(_) => "the copy of the current state is removed by the next change".to_owned(),
+                };
                 Err(match left {
                     Ok(()) => error.state(kept),
                     Err(second) => error.state(format!("{kept}; the guest is paused: {second}")),
@@ -141,6 +162,8 @@ impl Operator {
 fn outcome_of(entry: &Entry, saver: Option<&dyn VmStateSaver>, plan: Plan, run: Run) -> Outcome {
     let mut notes = plan.notes;
     notes.extend(run.warnings);
+    let is_revert = matches!(plan.operation.as_str(), "revert" | "undo");
+    let kept = is_revert && entry.tree.previous().is_some();
     Outcome {
         operation_id: run.operation,
         operation: plan.operation,
@@ -155,5 +178,6 @@ fn outcome_of(entry: &Entry, saver: Option<&dyn VmStateSaver>, plan: Plan, run: 
         start: saver.map_or_else(Vec::new, |saver| saver.shown_command(&run.start)),
         guest: run.guest,
         started: run.started,
+        kept,
     }
 }

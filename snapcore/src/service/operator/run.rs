@@ -98,7 +98,7 @@ impl Operator {
 
     /// Brings catalogue and manifests up to date for the domain before its operation begins. Returns the
     /// changes that must be recorded in one transaction with the operation.
-    async fn record(&self, locked: &mut Locked, request: &Request) -> Result<Vec<Change>> {
+    pub(super) async fn record(&self, locked: &mut Locked, request: &Request) -> Result<Vec<Change>> {
         let Locked { located, manifests, .. } = locked;
         let Located { entry, catalogued, leftovers, .. } = located;
         if !*catalogued && entry.follows.is_none() && !leftovers.has_unused() {
@@ -142,13 +142,18 @@ impl Operator {
 fn may_lag(request: &Request, manifests: &Manifests, error: Error) -> Result<()> {
     match request {
         // The engine tries again at the end, and reports it.
-        Request::Create(_) | Request::Revert(_) => Ok(()),
+        Request::Create(_)
+        | Request::Revert(_)
+        | Request::Hold(_)
+        | Request::Release(_)
+        | Request::Amend(_) => Ok(()),
+        Request::Undo(undo) if !undo.forget => Ok(()),
         // Manifests of deleted snapshots are removed before their data, which needs no space; the others
         // follow later.
-        Request::Delete(_) | Request::Tidy if error.kind() == ErrorKind::NoSpace => Ok(()),
+        Request::Delete(_) | Request::Tidy | Request::Undo(_) if error.kind() == ErrorKind::NoSpace => Ok(()),
         // No manifest there is read, so none promises the data that is destroyed.
-        Request::Delete(_) | Request::Tidy if manifests.have_no_place() => Ok(()),
+        Request::Delete(_) | Request::Tidy | Request::Undo(_) if manifests.have_no_place() => Ok(()),
         // The manifests would still promise the data that is destroyed.
-        Request::Delete(_) | Request::Tidy => Err(error.state("no changes made")),
+        Request::Delete(_) | Request::Tidy | Request::Undo(_) => Err(error.state("no changes made")),
     }
 }

@@ -24,7 +24,7 @@ impl Planning {
     ) -> Result<RunningDomain<'a>> {
         let (mut differs, mut media) = (Vec::new(), Vec::new());
         if let Request::Revert(revert) = request
-            && let Ok(wanted) = entry.tree.named(&revert.name)
+            && let Ok(wanted) = revert.wanted(&entry.tree)
             && wanted.memory.is_some()
             && let Some(machine) = wanted.machine.as_deref().and_then(|id| entry.domain.machine(id))
         {

@@ -9,6 +9,8 @@ mod users;
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use super::authority::Authority;
 use super::locator::Live;
 use super::neighbours::Neighbours;
@@ -59,7 +61,12 @@ impl Planning {
     ) -> Result<Plan> {
         let depth = match request {
             Request::Create(_) => InspectDepth::Active,
-            Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
+            Request::Revert(_) | Request::Delete(_) | Request::Tidy | Request::Undo(_) => {
+                InspectDepth::Dependents
+            }
+            Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
+                return crate::plan::records_only(&entry.domain, &entry.tree, request, Timestamp::now());
+            }
         };
         let mut disks = Vec::new();
         let mut without = Vec::new();
@@ -125,13 +132,20 @@ impl Planning {
             }
             // The plan itself has the note.
             Request::Revert(revert) if (gone || unplugged) && revert.skip.contains(target) => Part::Not(None),
-            Request::Delete(_) | Request::Tidy if gone => Part::Not(Some(format!(
+            Request::Delete(_) | Request::Tidy | Request::Undo(_) if gone => Part::Not(Some(format!(
                 "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
                 record.disk.address, entry.domain.name
             ))),
             // A delete changes it like a disk at rest.
-            Request::Delete(_) | Request::Tidy if unplugged => Part::AtRest,
-            Request::Create(_) | Request::Revert(_) | Request::Delete(_) | Request::Tidy => Part::Whole,
+            Request::Delete(_) | Request::Tidy | Request::Undo(_) if unplugged => Part::AtRest,
+            Request::Create(_)
+            | Request::Revert(_)
+            | Request::Delete(_)
+            | Request::Tidy
+            | Request::Undo(_)
+            | Request::Hold(_)
+            | Request::Release(_)
+            | Request::Amend(_) => Part::Whole,
         })
     }
 }

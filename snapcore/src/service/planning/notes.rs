@@ -39,7 +39,12 @@ fn note_on_outside(outside: Vec<String>, request: &Request, plan: &Plan) -> Opti
         }
         Request::Revert(_) if gets_memory(plan) => return None,
         Request::Revert(_) => "not reverted: they stay in their later state",
-        Request::Delete(_) | Request::Tidy => return None,
+        Request::Delete(_)
+        | Request::Tidy
+        | Request::Undo(_)
+        | Request::Hold(_)
+        | Request::Release(_)
+        | Request::Amend(_) => return None,
     };
     (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
 }
@@ -52,7 +57,12 @@ fn note_on_shared(shared: Vec<String>, request: &Request, plan: &Plan) -> Option
             "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
         }
         Request::Revert(_) => "not reverted: they stay as they are",
-        Request::Delete(_) | Request::Tidy => return None,
+        Request::Delete(_)
+        | Request::Tidy
+        | Request::Undo(_)
+        | Request::Hold(_)
+        | Request::Release(_)
+        | Request::Amend(_) => return None,
     };
     (!shared.is_empty()).then(|| format!("{}: {note}", shared.join(", ")))
 }

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::name::{LayerName, Target};
 use crate::service::authority::{Manifests, layer_among};
 use crate::service::images::file_id;
+use crate::service::locator::Located;
 use crate::service::{DomainRef, Listing};
 
 /// The domain that has an image as a layer, from the catalogue, or else from the manifests beside the image.
@@ -15,7 +16,7 @@ use crate::service::{DomainRef, Listing};
 #[non_exhaustive]
 pub struct Belonging {
     /// The domain, with its disks where the image is: manifests in a directory that was copied describe the
-    /// copy.
+    /// copy. Its snapshots include states that reverts replaced, because an image may have these too.
     pub listing: Listing,
     /// The disk of the layer.
     pub target: Target,
@@ -31,6 +32,14 @@ impl Belonging {
 }
 
 impl Viewer {
+    /// Lists a domain with all its records of snapshots, also those of states that reverts replaced.
+    async fn list_all(&self, reference: &DomainRef) -> Result<Listing> {
+        let Located { entry, catalogued, .. } = self.locator.locate(reference).await?;
+        let unfinished = self.unfinished_of(&entry).await?;
+        let snapshots = entry.tree.iter().cloned().collect();
+        Ok(Listing { domain: entry.domain, catalogued, snapshots, previous: None, unfinished })
+    }
+
     /// The domain that has `image` as a layer.
     pub(in crate::service) async fn belonging(&self, image: &Utf8Path) -> Result<Option<Belonging>> {
         if file_id(image).is_none() {
@@ -44,7 +53,7 @@ impl Viewer {
         for summary in self.records.domains().await? {
             if let Some((record, layer)) = layer_among(&self.registry, address, &summary.domain.disks) {
                 let target = record.disk.target.clone();
-                let listing = self.list(&DomainRef::Name(summary.domain.name.clone())).await?;
+                let listing = self.list_all(&DomainRef::Name(summary.domain.name.clone())).await?;
                 // A domain without snapshots is read again from its images, which may give the active layer
                 // another name than the catalogue has.
                 let is_active = layer == record.active;
@@ -62,8 +71,13 @@ impl Viewer {
             let found = self.authority.read(&manifests).await?;
             let mut domain = beside.manifest.domain;
             domain.disks = beside.records;
-            let listing =
-                Listing { domain, catalogued: false, snapshots: found.snapshots, unfinished: Vec::new() };
+            let listing = Listing {
+                domain,
+                catalogued: false,
+                snapshots: found.snapshots,
+                previous: None,
+                unfinished: Vec::new(),
+            };
             return Ok(Some(Belonging { listing, target, layer }));
         }
         Ok(None)

@@ -10,7 +10,7 @@ use super::authority::Authority;
 use super::locator::{Located, Locator, attached};
 use super::planning::{outside, shared};
 use super::records::Records;
-use super::{Details, DiskReport, DomainRef, Listing, Member, Unfinished};
+use super::{Details, DiskReport, DomainRef, Listing, Member, PastOperation, PreviousState, Unfinished};
 use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::name::{LayerName, SnapshotName};
 use crate::operation::Operation;
 use crate::registry::Registry;
-use crate::snapshot::{Snapshot, SnapshotTree};
+use crate::snapshot::{Snapshot, SnapshotRole, SnapshotTree};
 use crate::state::DiskState;
 
 pub use belonging::Belonging;
@@ -51,8 +51,37 @@ impl Viewer {
     pub(in crate::service) async fn list(&self, reference: &DomainRef) -> Result<Listing> {
         let Located { entry, catalogued, .. } = self.locator.locate(reference).await?;
         let unfinished = self.unfinished_of(&entry).await?;
-        let snapshots = entry.tree.iter().cloned().collect();
-        Ok(Listing { domain: entry.domain, catalogued, snapshots, unfinished })
+        let snapshots = entry.tree.taken().cloned().collect();
+        let previous = match entry.tree.previous() {
+            None => None,
+            Some(previous) => Some(self.previous(&entry, previous).await),
+        };
+        Ok(Listing { domain: entry.domain, catalogued, snapshots, previous, unfinished })
+    }
+
+    /// The state that the last revert replaced, with the space that it takes.
+    async fn previous(&self, entry: &Entry, previous: &Snapshot) -> PreviousState {
+        let members = self.members(entry, previous).await.unwrap_or_default();
+        let costs: Option<Vec<u64>> =
+            members.iter().map(|member| member.delete.map(|cost| cost.frees)).collect();
+        let memory = previous.memory.as_ref().map_or(0, |memory| memory.bytes);
+        let frees = costs.map(|costs| costs.into_iter().fold(memory, u64::saturating_add));
+        PreviousState { snapshot: previous.clone(), frees }
+    }
+
+    /// The last operations of a domain, oldest first.
+    pub(in crate::service) async fn history(&self, reference: &DomainRef) -> Result<Vec<PastOperation>> {
+        let Located { entry, .. } = self.locator.locate(reference).await?;
+        let operations = self.records.operations(&entry.domain.name).await?;
+        let past = |operation: Operation| PastOperation {
+            id: operation.id,
+            operation: operation.plan.operation,
+            snapshots: operation.plan.snapshots,
+            state: operation.state,
+            started: operation.started,
+            errors: operation.errors,
+        };
+        Ok(operations.into_iter().map(past).collect())
     }
 
     /// One snapshot in full, with sizes read from the images.
@@ -82,7 +111,11 @@ impl Viewer {
             shared: shared(&self.registry, &entry.domain, record),
             current: entry.domain.current == Some(snapshot.id),
             parent: snapshot.parent.and_then(name_of),
-            children: tree.children(Some(snapshot.id)).map(|child| child.name.clone()).collect(),
+            children: tree
+                .children(Some(snapshot.id))
+                .filter(|child| child.role == SnapshotRole::Snapshot)
+                .map(|child| child.name.clone())
+                .collect(),
             machine: machine.map(|machine| machine.summary.clone()),
             domain: entry.domain.name.clone(),
             snapshot,

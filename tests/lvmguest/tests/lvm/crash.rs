@@ -20,6 +20,7 @@ const MEANWHILE: u64 = 900;
 /// Starts `domsnap -v`, and returns its output.
 fn started(args: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
     let mut child = Command::new("/t/domsnap")
+        .env("DOMSNAP_UNDO", "no")
         .arg("-v")
         .args(args)
         .stdin(Stdio::null())

@@ -131,6 +131,46 @@ fn the_current_state_can_be_kept_by_a_revert(sort: Sort) -> Result<()> {
     Ok(())
 }
 
+fn an_undo_brings_the_replaced_state_back(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    let keep = match sort {
+        Sort::Thin => "--undo=free",
+        // An area for the replaced state is reserved only if the user asks for it.
+        Sort::Thick => {
+            let reverted = done(&["revert", &path, "b", "--undo=free"])?;
+            ensure!(
+                reverted.stdout.contains("not kept") && reverted.stdout.contains("area of"),
+                "{reverted}"
+            );
+            refused(&["undo", &path], &["no revert to undo"])?;
+            write_block(&path, 0, b'd')?;
+            write_block(&path, u64::from(b'c'), b'c')?;
+            "--undo=disks"
+        }
+    };
+    done(&["revert", &path, "a", keep])?;
+    expect(&path, 0, b'a')?;
+    for (letter, other) in [(b'd', b'c'), (b'a', 0), (b'd', b'c')] {
+        done(&["undo", &path])?;
+        expect(&path, 0, letter)?;
+        expect(&path, u64::from(b'c'), other)?;
+        ensure!(volumes()?.len() == 5, "nothing but the points and the kept state: {:?}", volumes()?);
+    }
+    done(&["undo", &path, "--forget"])?;
+    ensure!(volumes()?.len() == 4, "{:?}", volumes()?);
+    expect(&path, 0, b'd')?;
+    // A held point is not taken up by a merge.
+    done(&["hold", &path, "a", "--holder", "me"])?;
+    refused(&["delete", &path, "a"], &["held by me"])?;
+    match sort {
+        Sort::Thick => drop(refused(&["revert", &path, "a"], &["held by me"])?),
+        Sort::Thin => drop(done(&["revert", &path, "a"])?),
+    }
+    done(&["release", &path, "a", "--holder", "me"])?;
+    done(&["revert", &path, "a"])?;
+    expect(&path, 0, b'a')
+}
+
 fn several_volumes_are_one_domain(sort: Sort) -> Result<()> {
     group(sort)?;
     let volumes = [volume(sort, "root")?, volume(sort, "data-1")?, volume(sort, "data-2")?];
@@ -303,6 +343,7 @@ pub static THIN: &[TestCase] = of_sort!(Thin:
     "every point can be reverted to, again and again" => every_point_can_be_reverted_to_again_and_again,
     "any point can be deleted, and the others stay" => any_point_can_be_deleted_and_the_others_stay,
     "the current state can be kept by a revert" => the_current_state_can_be_kept_by_a_revert,
+    "an undo brings the replaced state back" => an_undo_brings_the_replaced_state_back,
     "several volumes are one domain" => several_volumes_are_one_domain,
     "both forms of a path are understood, and are one disk" => both_forms_of_a_path_are_understood_and_are_one_disk,
     "points are found again by their tags alone" => points_are_found_again_by_their_tags_alone,
@@ -320,6 +361,7 @@ pub static THICK: &[TestCase] = &[
         any_point_can_be_deleted_and_the_others_stay(Sort::Thick)
     }),
     ("the current state can be kept by a revert", || the_current_state_can_be_kept_by_a_revert(Sort::Thick)),
+    ("an undo brings the replaced state back", || an_undo_brings_the_replaced_state_back(Sort::Thick)),
     ("several volumes are one domain", || several_volumes_are_one_domain(Sort::Thick)),
     ("both forms of a path are understood, and are one disk", || {
         both_forms_of_a_path_are_understood_and_are_one_disk(Sort::Thick)

@@ -1,0 +1,101 @@
+//! Changes of records alone, and the removal of what such a change, or a revert, has made unneeded.
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::{Locked, Operator, outcome_of};
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::event::Event;
+use crate::request::Request;
+use crate::service::Outcome;
+use crate::snapshot::SnapshotRole;
+
+impl Operator {
+    /// Carries out a request that changes records alone ([`Request::is_of_records`]). No disk is locked or
+    /// read, so that a snapshot can be held while a guest or a server uses its images.
+    pub(super) async fn change_records(
+        &self,
+        mut locked: Locked,
+        request: Request,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome> {
+        let mut recovered = Vec::new();
+        if locked.located.catalogued {
+            self.authority.require(&locked.manifests, &locked.located.entry).await?;
+            // An interrupted operation may add a snapshot of this name, or remove the one that is meant.
+            let name = locked.located.entry.domain.name.clone();
+            if !self.records.unfinished(&name).await?.is_empty() {
+                let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+                recovered = self.recover_entry(&mut locked, &mut live, cancel).await?;
+            }
+        }
+        if let Some(error) = locked.located.unconfirmed.take() {
+            return Err(error);
+        }
+        let entry = &locked.located.entry;
+        let plan = crate::plan::records_only(&entry.domain, &entry.tree, &request, Timestamp::now())?;
+        let shown = Box::new(plan.clone());
+        self.events.report(Event::Planned { domain: entry.domain.name.clone(), plan: shown });
+        // Order of durability: 1) a domain that is imported enters the catalogue; 2) the record changes, in
+        // one transaction; 3) the manifests follow. A crash before 3) leaves manifests whose revision shows
+        // that they are out of date.
+        let prologue =
+            if plan.commit.is_empty() { Vec::new() } else { self.record(&mut locked, &request).await? };
+        let engine = Engine {
+            catalogue: self.ledger.catalogue(),
+            registry: &self.registry,
+            events: &self.events,
+            manifests: &locked.manifests,
+            live: None,
+            watched: None,
+        };
+        let entry = &mut locked.located.entry;
+        let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
+            let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
+            error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
+        })?;
+        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+        let mut outcome = outcome_of(entry, saver.as_deref(), plan, run);
+        self.remove_due(&mut locked, &mut outcome, cancel).await;
+        outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
+        outcome.recovered = recovered;
+        Ok(outcome)
+    }
+
+    /// Removes states that are not needed any more: earlier previous states, and snapshots whose last hold
+    /// has ended. The request itself has succeeded, so a failure is a note, and `recover` tries again.
+    pub(super) async fn remove_due(
+        &self,
+        locked: &mut Locked,
+        outcome: &mut Outcome,
+        cancel: &CancellationToken,
+    ) {
+        let due = locked.located.entry.tree.due(Timestamp::now());
+        let due: Vec<_> = due.map(|snapshot| (snapshot.id, snapshot.name.clone(), snapshot.role)).collect();
+        if due.is_empty() || !locked.located.catalogued && locked.located.entry.tree.is_empty() {
+            return;
+        }
+        let attempt = async {
+            // The domain may have been started or ended by the operation.
+            let live = self.locator.connect(&locked.located.entry.domain).await?;
+            self.run(locked, live.as_ref(), &Request::Tidy, cancel).await
+        };
+        match attempt.await {
+            Ok((plan, run)) => {
+                outcome.notes.extend(plan.notes.into_iter().chain(run.warnings));
+                outcome.postponed.extend(run.postponed);
+            }
+            Err(error) => outcome.notes.push(format!(
+                "what is not needed any more stays for now, and `domsnap recover {}` removes it: {error}",
+                outcome.domain
+            )),
+        }
+        let tree = &locked.located.entry.tree;
+        let gone =
+            due.iter().filter(|(id, _, role)| *role == SnapshotRole::Snapshot && tree.get(*id).is_none());
+        outcome
+            .notes
+            .extend(gone.map(|(_, name, _)| format!("snapshot {name} is deleted: its last hold ended")));
+    }
+}
