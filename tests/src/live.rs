@@ -341,7 +341,7 @@ impl Live {
                 );
             }
             if let Some(memory) = &snapshot.memory {
-                ensure!(memory.image.path().exists(), "the memory image of {} is gone", snapshot.name);
+                ensure!(memory.file.exists(), "the memory image of {} is gone", snapshot.name);
             }
         }
         Ok(())

@@ -134,7 +134,7 @@ impl Machine {
             let now = self.contents(&snapshot.name)?;
             ensure!(now == *held, "{} holds something else than it did", snapshot.name);
             if let Some(memory) = &snapshot.memory {
-                ensure!(memory.image.path().exists(), "the memory of {} is gone", snapshot.name);
+                ensure!(memory.file.exists(), "the memory of {} is gone", snapshot.name);
             }
         }
         nothing_left(self.qemu.socket(), &DISKS.map(|disk| (disk, self.path(disk))))?;
