@@ -238,15 +238,22 @@ fn moved_and_replaced_images_are_refused() -> Result<()> {
         refuse(&creates, &["moved or replaced", &path, &format!("mv -T {away} {path}")])?;
         ensure!(std::fs::read(&path)? == untouched, "{format}: the other file was changed");
         put_back(&path)?;
-        domsnap.done(&["create", &address, "s", "--external"])?;
+        let how: &[&str] = if format == "raw" { &["--disk", "vda=copy"] } else { &["--external"] };
+        domsnap.done(&[&["create", &address, "s"], how].concat())?;
 
         // The active image of a known one, and a frozen one below it.
-        let all: [&[&str]; 4] =
-            [&["create", "t"], &["create", "t", "--disk-only"], &["revert", "s"], &["delete", "s"]];
+        let with = |args: &[&'static str]| [args, how].concat();
+        let creates = [with(&["create", "t"]), with(&["create", "t", "--disk-only"])];
+        let all = [&creates[0][..], &creates[1], &["revert", "s"], &["delete", "s"]];
         replace(&path)?;
-        refuse(&all, &["vda", &path])?;
+        refuse(&all[..if format == "raw" { 3 } else { 4 }], &["vda", &path])?;
         ensure!(std::fs::read(&path)? == untouched, "{format}: the other file was changed");
         put_back(&path)?;
+        if format == "raw" {
+            domsnap.done(&["revert", &address, "s"])?;
+            qemu.quit()?;
+            continue;
+        }
         let layers =
             std::fs::read_dir(&dir)?.filter_map(|entry| Some(entry.ok()?.path().display().to_string()));
         let is_frozen = |layer: &String| {
@@ -262,7 +269,7 @@ fn moved_and_replaced_images_are_refused() -> Result<()> {
         put_back(&frozen)?;
 
         // Put right, all is as before: the guest has what it wrote.
-        domsnap.done(&["create", &address, "t"])?;
+        domsnap.done(&[&["create", &address, "t"], how].concat())?;
         domsnap.done(&["revert", &address, "s"])?;
         domsnap.done(&["delete", &address, "t"])?;
         qemu.flush("vda")?;
