@@ -141,10 +141,10 @@ fn fixed_size(file: &Utf8Path, above: &[u64]) -> Result<Option<u64>> {
 /// must not be frozen; the system's.
 pub(crate) fn as_base(file: &Utf8Path) -> Result<(&'static str, u64)> {
     let mut image = opened(file, false)?;
-    let size = size_in_qemu(&image)?;
     image.require_sound().context("use", file.as_std_path())?;
+    // The geometry says nothing of a fixed one: its overlay states raw.
     if image.disk_type() != DiskType::Fixed {
-        return Ok((VPC, size));
+        return Ok((VPC, size_in_qemu(&image)?));
     }
     let length = size_at(file)
         .map_err(|error| image_files::names::io_error(error, format!("cannot look at {file}")))?;

@@ -111,6 +111,9 @@ pub(crate) fn plan(
 pub(crate) fn require_shown(path: &Utf8Path, seen: &SeenDisk) -> Result<()> {
     let image = reading(path)?;
     let (by, shown, wanted) = match (seen.format.as_str(), seen.part) {
+        (VPC, None) if image.disk_type() == DiskType::Fixed => {
+            ("QEMU's driver vpc", seen.bytes, image.size())
+        }
         (VPC, None) => ("QEMU's driver vpc", seen.bytes, size_in_qemu(&image)?),
         ("raw", Some(part)) if image.disk_type() == DiskType::Fixed => {
             ("QEMU's driver raw", Some(part), image.size())

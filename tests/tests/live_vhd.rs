@@ -120,8 +120,9 @@ fn dynamic_vhd_has_snapshots_of_disks_alone_under_an_older_qemu() -> Result<()> 
     dynamic(Version::Old)
 }
 
-/// domsnap is killed at each step of the create that puts the overlay on the VHD. `recover` gives the guest
-/// its VHD back, or completes the snapshot.
+/// domsnap is killed at every `every`th step of the create that puts the overlay on the VHD, and at the
+/// last; with `DOMSNAP_LIVE_EVERY=1` at all of them. `recover` gives the guest its VHD back, or completes the
+/// snapshot.
 fn killed(kind: Vhd, every: usize) -> Result<()> {
     let args = ["create", NAME, "x", "--disk-only", "--external"];
     let steps = {
@@ -136,7 +137,10 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
     let mut live = guest(kind, Version::New)?;
     let vhd = live.guest.disk(0);
     let (mut undone, mut taken) = (0, 0);
-    for step in steps.iter().step_by(every) {
+    let every = if std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1") { 1 } else { every };
+    let last = steps.len() - 1;
+    let chosen = steps.iter().enumerate().filter(|(place, _)| place % every == 0 || *place == last);
+    for (_, step) in chosen {
         let at = || format!("killed at operation {step} of {}", steps.len());
         let watched = shim::watching(live.domsnap(), live.guest.dir())?;
         shim::killing(watched, *step, false).run(&args)?;
@@ -172,10 +176,10 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
 
 #[test]
 fn domsnap_dies_in_a_create_on_a_fixed_vhd() -> Result<()> {
-    killed(Vhd::Fixed, 1)
+    killed(Vhd::Fixed, 3)
 }
 
 #[test]
 fn domsnap_dies_in_a_create_on_a_dynamic_vhd() -> Result<()> {
-    killed(Vhd::Dynamic, 2)
+    killed(Vhd::Dynamic, 4)
 }
