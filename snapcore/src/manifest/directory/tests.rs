@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::*;
 use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
-use crate::snapshot::{Consistency, DiskPoint, Point, SnapshotTree};
+use crate::snapshot::{Consistency, DiskPoint, Point, SnapshotRole, SnapshotTree};
 
 fn snapshot(name: &str) -> Snapshot {
     Snapshot {

@@ -183,14 +183,13 @@ impl Importer {
         let Restored { mut snapshots, names: restored, current, machines } = restored;
         let Report { notes, leftovers, unconfirmed } = report;
         let mut records = adopted.records;
-        let is_restored = !snapshots.is_empty();
-        let orphans = matched.orphans(snapshots.len(), &leftovers);
+        let orphans = matched.orphans(restored.len(), &leftovers);
         let found = self.discover(&mut records, &snapshots, &orphans, matched.source.import).await?;
         let newest = found.last().map(|snapshot| snapshot.id);
         let adopted = discover::add(&mut snapshots, found)?;
         let tree = SnapshotTree::new(snapshots);
         let current = current.filter(|id| tree.get(*id).is_some());
-        let current = current.or(if is_restored { None } else { newest });
+        let current = current.or(if restored.is_empty() { newest } else { None });
         let Identity { name, unregistered, hypervisor, control, active_path, memory } = identity;
         let domain = Domain {
             name,

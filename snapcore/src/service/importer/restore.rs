@@ -12,7 +12,7 @@ use crate::domain::{DiskRecord, Machine};
 use crate::error::Result;
 use crate::manifest::{DomainManifest, Item};
 use crate::name::{DomainName, SnapshotName};
-use crate::snapshot::{DiskPoint, Snapshot, SnapshotId, SnapshotRole};
+use crate::snapshot::{DiskPoint, Snapshot, SnapshotId};
 use crate::state::DiskState;
 
 /// Snapshots that came from manifests.
@@ -57,9 +57,7 @@ impl Importer {
                         report.leftovers.left_out.push(Item::Snapshot(snapshot.id));
                     }
                     None => {
-                        if snapshot.role == SnapshotRole::Snapshot {
-                            restored.names.push(snapshot.name.clone());
-                        }
+                        restored.names.push(snapshot.name.clone());
                         restored.snapshots.push(snapshot);
                     }
                 }
