@@ -285,20 +285,21 @@ impl Live {
     /// What is not so.
     pub fn names_true(&self) -> Result<()> {
         let socket = self.guest.qmp_socket().to_owned();
+        // Asked before this process has the monitor, which serves one client.
+        let paths = self.paths()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let machine = hypervisor_qemu::Machine::connect(&socket).await?;
             let files = hypervisor_qemu::graph::verify_names(&machine).await?;
             let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
-            for (number, target) in self.guest.targets().iter().enumerate() {
-                let path = self.path(number)?;
+            for (target, path) in self.guest.targets().iter().zip(&paths) {
                 if path.with_extension("sock").exists() {
-                    is_served(&path)?;
+                    is_served(path)?;
                     continue;
                 }
                 let file = graph.root(target).and_then(|root| graph.file(root));
                 let active = files.iter().find(|known| Some(known.node.as_str()) == file);
-                let about = fs::metadata(&path).with_context(|| path.display().to_string())?;
+                let about = fs::metadata(path).with_context(|| path.display().to_string())?;
                 ensure!(
                     active.and_then(|active| active.names) == Some((about.dev(), about.ino())),
                     "{target}: QEMU writes {active:?}, and {} is another file",
@@ -347,15 +348,16 @@ impl Live {
         Ok(())
     }
 
-    /// The configured path of one disk, from 0, as the domain is registered: with `--active-path=new` it is
-    /// another after each change.
+    /// The configured paths of the disks, as the domain is registered: with `--active-path=new` they are
+    /// others after each change.
     ///
     /// # Errors
     /// If it cannot be asked.
-    pub fn path(&self, number: usize) -> Result<PathBuf> {
+    pub fn paths(&self) -> Result<Vec<PathBuf>> {
         let shown: serde_json::Value = self.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
-        let path = shown["domain"]["disks"][number]["path"].as_str();
-        path.map(PathBuf::from).with_context(|| format!("it has no disk {number}: {shown}"))
+        let disks = shown["domain"]["disks"].as_array().with_context(|| format!("no disks: {shown}"))?;
+        let path = |disk: &serde_json::Value| disk["path"].as_str().map(PathBuf::from);
+        disks.iter().map(path).collect::<Option<_>>().with_context(|| format!("no path: {shown}"))
     }
 
     /// How many image files there are beside the configured paths, as layers of the disks.

@@ -30,7 +30,7 @@ fn end_of(file: &Path) -> Result<(Vec<u8>, usize)> {
 /// Ends the guest and boots it from what the domain's configuration must name now.
 fn boot_from_overlays(live: &mut Live) -> Result<()> {
     live.guest.quit()?;
-    let paths = [live.path(0)?, live.path(1)?];
+    let paths = live.paths()?;
     live.guest.restart_on(&[(0, "qcow2", &paths[0]), (1, "qcow2", &paths[1])])?;
     ensure!(live.guest.counters_at_boot().iter().all(Option::is_some), "a disk's counter is not whole");
     live.load()?;
@@ -90,7 +90,7 @@ fn dynamic(version: Version) -> Result<()> {
     for word in ["vpc", "disk serve", "--disk-only"] {
         ensure!(refused.stderr.contains(word), "{word:?} is not in: {refused}");
     }
-    ensure!(live.path(0)? == vhd, "the refusal has changed the path");
+    ensure!(live.paths()?[0] == vhd, "the refusal has changed the path");
     live.create("first", &["--disk-only", "--external"])?;
     let frozen = fs::read(&vhd)?;
     live.create("second", &["--disk-only", "--external"])?;
@@ -157,7 +157,7 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
             continue;
         }
         undone += 1;
-        let path = live.path(0)?;
+        let path = live.paths()?.swap_remove(0);
         ensure!(path.file_name() == vhd.file_name(), "{}: the disk is {}", at(), path.display());
         let left = fs::read_dir(live.guest.dir())?
             .flatten()
