@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use testguest::{Guest, GuestOptions};
 
-use crate::domsnap::{Domsnap, Outcome};
+use crate::domsnap::{Domsnap, Outcome, status};
 use crate::qemu;
 use crate::report::{self, Kind, Point};
 use crate::served::{self, Servers};
@@ -354,7 +354,12 @@ impl Live {
     /// # Errors
     /// If it cannot be asked.
     pub fn paths(&self) -> Result<Vec<PathBuf>> {
-        let shown: serde_json::Value = self.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
+        let shown = self.domsnap().run(&["domain", "show", NAME, "--json"])?;
+        if shown.status == Some(status::REFUSED) {
+            // Not registered, or not by that name: then nothing changes its paths.
+            return Ok(self.guest.disks());
+        }
+        let shown: serde_json::Value = shown.expect_status(status::DONE)?.json()?;
         let disks = shown["domain"]["disks"].as_array().with_context(|| format!("no disks: {shown}"))?;
         let path = |disk: &serde_json::Value| disk["path"].as_str().map(PathBuf::from);
         disks.iter().map(path).collect::<Option<_>>().with_context(|| format!("no path: {shown}"))
