@@ -179,9 +179,11 @@ fn any_snapshot_is_served_read_only() -> Result<()> {
         ensure!(written.to_string().contains("failed"), "{written}");
         server.stop()?;
     }
-    // A layer that is served stays, also if its snapshot is deleted.
+    // A snapshot that is served is held: its deletion waits for the server's end.
     let server = Server::start(&domain.domsnap(), &socket, &[&text(&image), "--at", "s1"])?;
-    domain.domsnap().done(&["delete", NAME, "s1"])?;
+    let held = domain.declined(&["delete", NAME, "s1"], status::REFUSED)?;
+    ensure!(held.stderr.contains("is held by serve:"), "{held}");
+    domain.domsnap().done(&["delete", NAME, "s1", "--defer"])?;
     domain.model.delete(&["s1".to_owned()]);
     qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
     ensure!(bytes(&copy)? == expected[0].1, "the served snapshot changed when it was deleted");

@@ -268,7 +268,9 @@ fn any_snapshot_of_a_vhd_is_served() -> Result<()> {
     place.domsnap().run(&["delete", &disk, "s2"])?.expect_status(status::REFUSED)?;
     place.serve("disk.vhd,format=vhd", &[])?.stop()?;
     let server = at("s2")?;
-    place.domsnap().done(&["delete", &disk, "s2"])?;
+    let held = place.domsnap().run(&["delete", &disk, "s2"])?.expect_status(status::REFUSED)?;
+    ensure!(held.stderr.contains("is held by serve:"), "{held}");
+    place.domsnap().done(&["delete", &disk, "s2", "--defer"])?;
     let mut reader = Client::connect(&place.file("t"))?;
     ensure!(reader.read(0, SIZE as usize)? == points[1].1, "the served snapshot changed by its deletion");
     drop((reader, server));
