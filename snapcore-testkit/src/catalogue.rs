@@ -129,9 +129,9 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     }))
     .machine((number > 1).then(|| "m".to_owned()))
     .skipped(vec![SkippedDisk::new(Target::new("vdz").unwrap(), "/vdz.raw")])
-    .holds(if number % 2 == 0 { vec![hold(number)] } else { Vec::new() })
-    .deferred(number % 3 == 0)
-    .expires((number % 4 == 0).then_some(Timestamp::UNIX_EPOCH))
+    .holds(if number.is_multiple_of(2) { vec![hold(number)] } else { Vec::new() })
+    .deferred(number.is_multiple_of(3))
+    .expires(number.is_multiple_of(4).then_some(Timestamp::UNIX_EPOCH))
 }
 
 fn hold(number: u8) -> Hold {
