@@ -6,6 +6,7 @@ use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hold::{Holder, HoldingProcess};
 use crate::hypervisor::{PowerAfter, Quiesce};
@@ -541,6 +542,21 @@ impl Request {
         match self {
             Self::Hold(_) | Self::Release(_) | Self::Amend(_) => true,
             Self::Create(_) | Self::Revert(_) | Self::Delete(_) | Self::Tidy | Self::Undo(_) => false,
+        }
+    }
+
+    /// The request as it is carried out on a domain: an undo is a revert to the state that is kept. `runs`:
+    /// the domain runs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where nothing was kept.
+    pub(crate) fn resolved(self, domain: &Domain, tree: &SnapshotTree, runs: bool) -> Result<Self> {
+        match self {
+            Self::Undo(undo) if !undo.forget => {
+                let revert = undo.as_revert(tree, runs);
+                revert.map(Self::Revert).map_err(|error| error.context(format!("domain {}", domain.name)))
+            }
+            request => Ok(request),
         }
     }
 }

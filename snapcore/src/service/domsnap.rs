@@ -168,13 +168,8 @@ impl Domsnap {
             return Ok(vec![self.rooms.planning.plan_for(&located.entry, None, request).await?]);
         }
         let live = self.rooms.locator.connect(&located.entry.domain).await?;
-        let request = &match request {
-            Request::Undo(undo) if !undo.forget => {
-                let revert = undo.as_revert(&located.entry.tree, live.is_some());
-                Request::Revert(revert.map_err(|error| error.context(format!("domain {name}")))?)
-            }
-            request => request.clone(),
-        };
+        let entry = &located.entry;
+        let request = &request.clone().resolved(&entry.domain, &entry.tree, live.is_some())?;
         let saved = match request {
             Request::Revert(revert) if live.is_some() => {
                 let saver = self.rooms.registry.hypervisor(&located.entry.domain.hypervisor)?;

@@ -72,14 +72,8 @@ impl Operator {
             self.authority.require(&locked.manifests, &locked.located.entry).await?;
             recovered = self.recover_entry(&mut locked, &mut live, &cancel).await?;
         }
-        let request = match request {
-            Request::Undo(undo) if !undo.forget => {
-                let Entry { domain, tree, .. } = &locked.located.entry;
-                let revert = undo.as_revert(tree, live.is_some());
-                Request::Revert(revert.map_err(|error| error.context(format!("domain {}", domain.name)))?)
-            }
-            request => request,
-        };
+        let Entry { domain, tree, .. } = &locked.located.entry;
+        let request = request.resolved(domain, tree, live.is_some())?;
         let mut outcome = match &live {
             Some(live) => self.change_alive(&mut locked, live, request, &cancel).await?,
             None => self.change_once(&mut locked, None, &request, &cancel).await?,
