@@ -261,15 +261,8 @@ pub struct Revert {
     /// What `undo` can bring back afterwards [default: DOMSNAP_UNDO, else free]
     #[arg(long, value_name = "WHAT", conflicts_with = "save_current")]
     pub undo: Option<KeepForUndo>,
-    /// Leave the guest running afterwards
-    #[arg(long, conflicts_with_all = ["paused", "off"])]
-    pub running: bool,
-    /// Leave the guest paused afterwards
-    #[arg(long, conflicts_with = "off")]
-    pub paused: bool,
-    /// Leave the domain off afterwards; no memory is restored
-    #[arg(long)]
-    pub off: bool,
+    #[command(flatten)]
+    pub then: ThenPower,
     /// Leave this disk as it is; may be given several times. Not with memory that is restored
     #[arg(long = "disk", value_name = "TARGET=skip", value_parser = skipped_disk)]
     pub skip: Vec<Target>,
@@ -283,6 +276,32 @@ pub struct Revert {
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// The power state after a revert or an undo.
+#[derive(Debug, Args)]
+pub struct ThenPower {
+    /// Leave the guest running afterwards
+    #[arg(long, conflicts_with_all = ["paused", "off"])]
+    pub running: bool,
+    /// Leave the guest paused afterwards
+    #[arg(long, conflicts_with = "off")]
+    pub paused: bool,
+    /// Leave the domain off afterwards; no memory is restored
+    #[arg(long)]
+    pub off: bool,
+}
+
+impl ThenPower {
+    /// What was asked for; absent: as the snapshot says.
+    pub fn asked(&self) -> Option<PowerAfter> {
+        match (self.running, self.paused, self.off) {
+            (true, ..) => Some(PowerAfter::Running),
+            (_, true, _) => Some(PowerAfter::Paused),
+            (.., true) => Some(PowerAfter::Off),
+            (false, false, false) => None,
+        }
+    }
 }
 
 /// The state that a revert keeps for an undo.
@@ -316,15 +335,8 @@ pub struct Undo {
     /// Remove the replaced state instead
     #[arg(long, conflicts_with_all = ["running", "paused", "off"])]
     pub forget: bool,
-    /// Leave the guest running afterwards
-    #[arg(long, conflicts_with_all = ["paused", "off"])]
-    pub running: bool,
-    /// Leave the guest paused afterwards
-    #[arg(long, conflicts_with = "off")]
-    pub paused: bool,
-    /// Leave the domain off afterwards; no memory is restored
-    #[arg(long)]
-    pub off: bool,
+    #[command(flatten)]
+    pub then: ThenPower,
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,

@@ -135,13 +135,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
         };
         request = request.keep(keep.into());
     }
-    let power = match (args.running, args.paused, args.off) {
-        (true, ..) => Some(PowerAfter::Running),
-        (_, true, _) => Some(PowerAfter::Paused),
-        (.., true) => Some(PowerAfter::Off),
-        (false, false, false) => None,
-    };
-    if let Some(power) = power {
+    if let Some(power) = args.then.asked() {
         request = request.power(power);
     }
     request.skip = args.skip;

@@ -2,7 +2,6 @@
 
 use clap::ValueEnum;
 use jiff::Timestamp;
-use snapcore::hypervisor::PowerAfter;
 use snapcore::service::{
     AmendRequest, DomainRef, HoldRequest, Outcome, ReleaseRequest, Request, UndoRequest,
 };
@@ -21,9 +20,7 @@ use crate::units;
 /// `domsnap undo`
 pub fn undo(session: &Session, args: Undo) -> Result<Answer, Failure> {
     let mut request = UndoRequest::new().forget(args.forget);
-    let power =
-        [(args.running, PowerAfter::Running), (args.paused, PowerAfter::Paused), (args.off, PowerAfter::Off)];
-    if let Some((_, power)) = power.into_iter().find(|(said, _)| *said) {
+    if let Some(power) = args.then.asked() {
         request = request.power(power);
     }
     if args.dry_run {
