@@ -404,28 +404,30 @@ fn identity(file: &ImageFile) -> Result<(u64, u64)> {
 
 /// Locks the files of a chain, and returns them, the top first; then those of `previous`, which keeps its own
 /// locks until it is dropped. A file of both is locked by the one that `previous` has open: its locks are
-/// shared, and those of another would conflict.
+/// shared, and those of another would conflict. It gets the name by which `chain` was led to it: the other
+/// may be the configured path, which becomes the child's.
 fn lock_all(chain: &Chain, writable: bool, previous: Option<&ServedChain>) -> Result<Vec<Arc<ImageFile>>> {
     let had = previous.map(|previous| previous.files.as_slice()).unwrap_or_default();
     let mut files = Vec::new();
     for (number, layer) in chain.layers().iter().rev().enumerate() {
         let wanted = identity(layer.file())?;
-        let mut file = layer.file();
+        let mut file = Arc::clone(layer.file());
+        let mut is_had = false;
         for other in had {
             if identity(other)? == wanted {
-                file = other;
+                file = Arc::new(other.under(layer.file().path())?);
+                is_had = true;
             }
         }
         let mode = if number == 0 && writable { LockMode::Write } else { LockMode::Read };
         if let Some(opened) = file.file() {
             lock(opened, mode).map_err(|error| {
                 // A failed lock releases what the file had: the previous chain goes on with a reader's lock.
-                let _ =
-                    had.iter().any(|other| Arc::ptr_eq(other, file)).then(|| lock(opened, LockMode::Read));
+                let _ = is_had.then(|| lock(opened, LockMode::Read));
                 Error::from(error).on("open", file.path())
             })?;
         }
-        files.push(Arc::clone(file));
+        files.push(file);
     }
     Ok(files)
 }

@@ -215,6 +215,17 @@ mod tests {
         assert_eq!(chain.files().len(), 5);
     }
 
+    /// The images below are known by their permanent names, too, where the child was not prepared and its
+    /// chain is opened: a server was started again between the two.
+    #[test]
+    fn chain_that_is_opened_has_permanent_names() {
+        let (fixture, chain) = Fixture::new();
+        fixture.create_child("1.vhd", "base.vhd");
+        let next = ServedChain::open(&fixture.path("1.vhd"), &fixture.options, Some(&chain)).unwrap();
+        let names: Vec<_> = next.files().iter().map(|file| file.path().to_owned()).collect();
+        assert_eq!(names, ["1.vhd", "base.vhd"].map(|name| fixture.path(name)));
+    }
+
     /// The images below are known by their permanent names, so they are merged though the configured path is
     /// the child's by then.
     #[test]
