@@ -54,6 +54,8 @@ pub(crate) struct XenDomain {
     disks: Vec<(Disk, Arc<RwLock<Option<Server>>>)>,
     /// libxl's configuration, while the domain exists.
     libxl: RwLock<Option<Value>>,
+    /// Its line in `xl list` when the connection was made, until a step is carried out.
+    found_as: std::sync::Mutex<Option<Row>>,
     speed: std::sync::Mutex<u64>,
     /// True if the guest ran at the instant whose memory is to be sealed.
     pub(crate) saved_running: Mutex<Option<bool>>,
@@ -69,7 +71,7 @@ impl XenDomain {
         domain: &Domain,
         control: &Control,
         seen: DomainInfo,
-        running: Option<(u32, Value)>,
+        running: Option<(Row, Value)>,
     ) -> Result<Self> {
         let qemu: Qemu = Arc::default();
         let mut disks = Vec::new();
@@ -96,13 +98,15 @@ impl XenDomain {
             qemu,
             disks,
             libxl: RwLock::default(),
+            found_as: std::sync::Mutex::default(),
             speed: std::sync::Mutex::default(),
             saved_running: Mutex::default(),
             section: Mutex::default(),
         };
-        let running_as = running.as_ref().map(|(domid, _)| *domid);
-        if let Some((domid, config)) = running {
-            live.connect(domid, config).await?;
+        let running_as = running.as_ref().map(|(row, _)| row.domid);
+        if let Some((row, config)) = running {
+            live.connect(row.domid, config).await?;
+            live.found_as = std::sync::Mutex::new(Some(row));
         }
         let drives = live.xen_disks().await;
         describe::note_members(&mut live.seen, &drives, domain);
@@ -110,6 +114,7 @@ impl XenDomain {
         let served = running_as.map(users::served_devices).unwrap_or_default();
         describe::note_replaced(&mut live.seen, &drives, qemu.as_ref().map(|qemu| qemu.seen()), &served);
         if let Some(qemu) = qemu {
+            QemuSaver::add_program(qemu.seen(), &mut live.seen.machine);
             live.seen.disks.extend(describe::unknown_to_libxl(qemu.seen(), &drives));
         }
         Ok(live)
@@ -193,8 +198,25 @@ impl XenDomain {
 
     /// Returns the domain's line in `xl list`.
     pub(crate) async fn row(&self) -> Result<Row> {
-        let row = list::row_of(&self.xl, &self.name).await?;
-        row.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", self.name)))
+        list::row_of(&self.xl, &self.name).await?.ok_or_else(|| self.gone())
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", self.name))
+    }
+
+    /// Returns its line as it was when the connection was made. What depends on the domain's state looks again
+    /// when it is carried out ([`cut::take`], the sections): each question takes as long as a process of xl.
+    async fn row_of_connection(&self) -> Result<Option<Row>> {
+        let known = self.known_row().clone();
+        match known {
+            Some(row) => Ok(Some(row)),
+            None => list::row_of(&self.xl, &self.name).await,
+        }
+    }
+
+    fn known_row(&self) -> std::sync::MutexGuard<'_, Option<Row>> {
+        self.found_as.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     pub(crate) async fn unpause(&self) -> Result<()> {
@@ -266,6 +288,7 @@ impl LiveDomain for XenDomain {
     }
 
     async fn resume(&self) -> Result<()> {
+        *self.known_row() = None;
         match self.row().await?.flags.paused {
             true => self.unpause().await,
             false => Ok(()),
@@ -289,12 +312,13 @@ impl LiveDomain for XenDomain {
             }
             if let DomainStep::Detach { restart: Some(restart), .. } = step {
                 // If the domain does not exist, a detached section of ours has destroyed it already.
-                if let Some(row) = list::row_of(&self.xl, &self.name).await? {
+                if let Some(row) = self.row_of_connection().await? {
                     section::refuse(self, restart, &row).await?;
                 }
             }
             if let Some(step) = instant(step) {
-                cut::refuse(&step, &self.row().await?)?;
+                let row = self.row_of_connection().await?.ok_or_else(|| self.gone())?;
+                cut::refuse(&step, &row)?;
             }
         }
         let of_disks = of_disks(plan);
@@ -314,6 +338,7 @@ impl LiveDomain for XenDomain {
     }
 
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
+        *self.known_row() = None;
         match step {
             DomainStep::CheckMemory { image } => {
                 check_memory(image, context.progress).await.map(|()| StepOutcome::default())
@@ -353,6 +378,7 @@ impl LiveDomain for XenDomain {
     }
 
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+        *self.known_row() = None;
         match step {
             DomainStep::Instant { .. } => match instant(step) {
                 Some(step) => cut::undo(self, step, context).await,

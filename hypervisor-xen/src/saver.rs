@@ -80,9 +80,10 @@ impl VmStateSaver for Xen {
         }
         match (list::config_when_made(&xl, &row).await?, note) {
             (Some(config), note) => {
-                let live = live(describe::seen(&row, &config), Some((row.domid, config))).await?;
-                if note.is_some_and(|note| note.is_another(row.domid)) && !live.has_all_disks().await {
-                    return Err(section::name_taken(&live, row.domid));
+                let (domid, info) = (row.domid, describe::seen(&row, &config));
+                let live = live(info, Some((row, config))).await?;
+                if note.is_some_and(|note| note.is_another(domid)) && !live.has_all_disks().await {
+                    return Err(section::name_taken(&live, domid));
                 }
                 Ok(Some(Arc::new(live)))
             }
@@ -144,9 +145,13 @@ impl VmStateSaver for Xen {
     }
 
     /// Nothing of a record is run: xl restores a domain from its memory image, or creates it from the config
-    /// that is registered.
-    fn kept_machine(&self, machine: &serde_json::Value, _trusted: bool) -> serde_json::Value {
-        machine.clone()
+    /// that is registered. The abilities of its QEMU are taken from a record of ours alone.
+    fn kept_machine(&self, machine: &serde_json::Value, trusted: bool) -> serde_json::Value {
+        let mut kept = machine.clone();
+        if !trusted {
+            hypervisor_qemu::Qemu::remove_program(&mut kept);
+        }
+        kept
     }
 
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

@@ -9,6 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use qmp::Agent;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use snapcore::hypervisor::{
     AttachedDisk, Control, DomainContext, DomainInfo, DomainStep, LiveDomain, Medium, Obstacle, OpenChain,
     StepOutcome,
@@ -277,6 +279,38 @@ fn known() -> MutexGuard<'static, Vec<Known>> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What is recorded of the program that ran a machine: a part of a [`Discovery`], or all that another
+/// hypervisor has recorded of the QEMU that serves its disks.
+#[derive(Deserialize)]
+struct Program {
+    process: Build,
+    version: Option<(u64, u64, u64)>,
+    abilities: Abilities,
+}
+
+#[derive(Deserialize)]
+struct Build {
+    build: Option<String>,
+}
+
+impl Program {
+    fn of(record: &Value) -> Option<Self> {
+        Self::deserialize(record.get(PROGRAM).unwrap_or(record)).ok()
+    }
+}
+
+/// The member of another hypervisor's record that has [`program_record`].
+pub(super) const PROGRAM: &str = "qemu";
+
+/// What of a machine's record tells the abilities of its QEMU, so that they need not be asked again.
+pub(super) fn program_record(record: &Value) -> Value {
+    json!({
+        "process": { "build": record["process"]["build"] },
+        "version": record["version"],
+        "abilities": record["abilities"],
+    })
+}
+
 /// Sets the abilities of this QEMU if they are known: read before, or recorded with the snapshots of a
 /// machine that the same program ran.
 fn recall(machine: &Machine, domain: &Domain) {
@@ -284,10 +318,10 @@ fn recall(machine: &Machine, domain: &Domain) {
     let version = machine.qmp().greeting().version;
     let asked = known().iter().find(|known| (&known.0, known.1) == (&build, version)).cloned();
     let recorded = || {
-        let records = domain.machines.iter().rev().filter_map(|known| recorded(&known.record).ok());
-        let same =
-            |known: &Discovery| known.process.build.as_ref() == Some(&build) && known.version == version;
-        records.into_iter().find(same).map(|known| known.abilities)
+        let mut records = domain.machines.iter().rev().filter_map(|known| Program::of(&known.record));
+        let is_same =
+            |known: &Program| known.process.build.as_ref() == Some(&build) && known.version == version;
+        records.find(is_same).map(|known| known.abilities)
     };
     if let Some(abilities) = asked.map(|(_, _, abilities)| abilities).or_else(recorded) {
         machine.know(abilities);

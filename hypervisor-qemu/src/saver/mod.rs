@@ -101,6 +101,23 @@ impl Qemu {
         Self { disks_only: true, ..Self::default() }
     }
 
+    /// Adds to another hypervisor's `record` what tells the abilities of the QEMU that serves its disks. Who
+    /// connects with a domain that has such a record does not ask for them again: an answer of some 300 KiB.
+    ///
+    /// It must not be kept of a record that is not trusted: how memory is saved depends on it.
+    pub fn add_program(qemu: &DomainInfo, record: &mut serde_json::Value) {
+        if let Some(fields) = record.as_object_mut() {
+            fields.insert(live::PROGRAM.to_owned(), live::program_record(&qemu.machine));
+        }
+    }
+
+    /// Removes what [`Qemu::add_program`] adds.
+    pub fn remove_program(record: &mut serde_json::Value) {
+        if let Some(fields) = record.as_object_mut() {
+            fields.remove(live::PROGRAM);
+        }
+    }
+
     /// Connects to the QEMU at a socket, or returns the existing connection if it is still open. `None` if no
     /// QEMU is listening.
     async fn reach(&self, socket: &Path, greeting: Duration) -> Result<Option<Arc<Connection>>> {
