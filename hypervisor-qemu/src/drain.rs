@@ -244,13 +244,30 @@ fn task(pid: u32, thread: u64) -> PathBuf {
 
 /// Returns true if a thread sleeps in the wait for events. One that sleeps because another thread holds a
 /// lock is in the middle of a round.
+///
+/// The answers are of three instants, and on a busy machine much can happen between them: a thread that slept
+/// in front of a lock, and runs by the time it is asked where it sleeps, seems to wait for nothing. So it
+/// counts only if it has slept from the first to the last.
 fn waits_for_events(pid: u32, thread: u64) -> bool {
     let task = task(pid, thread);
+    let status = || std::fs::read_to_string(task.join("status"));
     // A thread that has ended sends no notification.
-    let Ok(stat) = std::fs::read_to_string(task.join("stat")) else { return true };
+    let Ok(before) = status() else { return true };
     // Other users may not read where it sleeps: then its state has to do.
     let place = std::fs::read_to_string(task.join("wchan")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S')) && !place.contains("futex")
+    let Ok(after) = status() else { return true };
+    let sleep = sleep_of(&before);
+    sleep.is_some() && sleep == sleep_of(&after) && !place.contains("futex")
+}
+
+/// The number of a thread's sleep, from its `status`; `None` if it does not sleep.
+fn sleep_of(status: &str) -> Option<u64> {
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim_start_matches(':').trim())
+    };
+    // Each sleep begins with a switch to another thread.
+    field("State")?.starts_with('S').then(|| field("voluntary_ctxt_switches")?.parse().ok())?
 }
 
 /// Releases the requests. Those of a stopped guest are served when it runs.
@@ -285,4 +302,66 @@ pub(crate) async fn release_left(machine: &Machine, jobs: &[Job]) -> Result<bool
         end(machine, &job.id).await?;
     }
     Ok(!left.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(state: &str, switches: u64) -> String {
+        format!(
+            "Name:\tIO d0\nState:\t{state}\nvoluntary_ctxt_switches:\t{switches}\nnonvoluntary_ctxt_switches:\t9\n"
+        )
+    }
+
+    #[test]
+    fn sleeps_are_told_apart() {
+        assert_eq!(sleep_of(&status("S (sleeping)", 7)), Some(7));
+        assert_ne!(sleep_of(&status("S (sleeping)", 7)), sleep_of(&status("S (sleeping)", 8)));
+        for state in ["R (running)", "D (disk sleep)"] {
+            assert_eq!(sleep_of(&status(state, 7)), None);
+        }
+        assert_eq!(sleep_of("State:\tS (sleeping)\n"), None);
+        assert_eq!(sleep_of(""), None);
+    }
+
+    /// A thread of this process that waits for a message sleeps in front of a futex, and never counts; one that
+    /// waits for bytes of a pipe does, as soon as it sleeps.
+    #[test]
+    fn who_waits_for_a_lock_is_not_idle() {
+        use std::io::Read;
+        let pid = std::process::id();
+        let id = || -> u64 {
+            let own = std::fs::read_link("/proc/thread-self").unwrap();
+            own.file_name().unwrap().to_str().unwrap().parse().unwrap()
+        };
+        let (to, from) = std::sync::mpsc::channel::<()>();
+        let (say, said) = std::sync::mpsc::channel();
+        let other = say.clone();
+        let waits = std::thread::spawn(move || {
+            say.send(id()).unwrap();
+            from.recv().ok()
+        });
+        let blocked = said.recv().unwrap();
+        let (mut pipe, end) = std::io::pipe().unwrap();
+        let reads = std::thread::spawn(move || {
+            other.send(id()).unwrap();
+            pipe.read(&mut [0]).unwrap()
+        });
+        let reader = said.recv().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !waits_for_events(pid, reader) {
+            assert!(Instant::now() < until, "the reader never sleeps");
+        }
+        // Where it sleeps is not shown to everybody.
+        let place = std::fs::read_to_string(task(pid, blocked).join("wchan")).unwrap_or_default();
+        if place.contains("futex") {
+            for _ in 0..2000 {
+                assert!(!waits_for_events(pid, blocked));
+            }
+        }
+        drop((to, end));
+        waits.join().unwrap();
+        assert_eq!(reads.join().unwrap(), 0);
+    }
 }
