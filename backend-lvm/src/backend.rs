@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::backend::{
-    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, Finding, Guard,
-    InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
+    Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
+    Finding, Guard, InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::manifest::{ManifestDirectory, ManifestStore};
@@ -213,6 +213,21 @@ impl DiskSnapshotter for Lvm {
                 plan::plan(&disk, &volume, &group, &state, &inner.rules, &reserved, &request)?;
             reserved.insert(volume, takes);
             Ok(plan)
+        })
+        .await
+    }
+
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        _: &DiskState,
+        request: &CloneDisk,
+    ) -> Result<ClonePlan<LvmStep>> {
+        let (disk, request) = (disk.clone(), request.clone());
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            let group = inner.lvm.group(&volume.group)?;
+            plan::clones(&disk, &volume, &group, &inner.rules, &request)
         })
         .await
     }

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use snapcore::backend::{DiskPlan, DiskRequest, DiskState, InstantPlan};
+use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskRequest, DiskState, InstantPlan};
 use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, Result, SnapshotName, Step, shown_size,
+    Disk, DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, Result, SnapshotName, Step, shown_size,
 };
 
 use crate::check::{area_warning, pool_full};
@@ -55,6 +55,79 @@ pub(crate) fn plan(
         }
     }
     Ok((planner.plan, planner.takes))
+}
+
+/// Plans clones of a point: thin snapshots of it, in the same pool. lvm gives each its own name at once, and
+/// keeps their blocks by itself: the point and the volume may go.
+pub(crate) fn clones(
+    record: &DiskRecord,
+    volume: &Volume,
+    group: &VolumeGroup,
+    rules: &Rules,
+    request: &CloneDisk,
+) -> Result<ClonePlan<LvmStep>> {
+    let reserved = Reserved::default();
+    let planner = Planner {
+        record,
+        volume,
+        group,
+        current: current_row(group, volume)?,
+        attached: false,
+        rules,
+        reserved: &reserved,
+        takes: 0,
+        plan: DiskPlan::default(),
+    };
+    let target = &record.disk.target;
+    let refused = |detail: String, advice: &str| {
+        Err(Error::new(ErrorKind::Refused, detail).state("no changes made").advise(advice.to_owned()))
+    };
+    if planner.current.kind != VolumeKind::Thin {
+        return refused(
+            format!("{target}: {volume} is no thin volume, and a thick snapshot has no second user"),
+            "activate the snapshot and copy it into a new volume (`dd`, `qemu-img convert`), then register that with \
+             `domsnap domain add`; or convert the volume to a thin one",
+        );
+    }
+    if request.full {
+        return refused(
+            format!("{target}: clones of thin volumes share blocks in their pool"),
+            "leave --full out: a thin snapshot needs nothing of its origin; or copy it with `qemu-img convert`",
+        );
+    }
+    planner.require_usable()?;
+    planner.require_room_in_pool()?;
+    let point = &request.point.layer;
+    let Some(row) = group.row(point.as_str()).filter(|_| *point != record.active) else {
+        return Err(Error::new(ErrorKind::NotFound, format!("there is no volume {}/{point}", volume.group))
+            .state("no changes made")
+            .advise("another tool removed it; delete the snapshot from the catalogue"));
+    };
+    require_whole(volume, row)?;
+    require_health(&volume.beside(row.name.as_str()), row)?;
+    let (mut plan, mut disks) = (planner.plan, Vec::new());
+    let work = format!("{:08x}", request.stamp);
+    for place in &request.clones {
+        let new = volume.beside(format!("{}-{target}", place.domain));
+        if new != Volume::of_path(&new.path())? || group.row(&new.name).is_some() {
+            return Err(Error::new(ErrorKind::Exists, format!("{target}: there is a volume {new} already"))
+                .state("no changes made")
+                .advise("choose another name for the clone, or rename that volume with 'lvrename'"));
+        }
+        new.require_room_for_names()?;
+        let layer = new.layer();
+        let step = LvmStep::Clone {
+            point: row.layer(),
+            layer: layer.clone(),
+            active: true,
+            tags: tags::of_work(&work, None),
+        };
+        let summary = format!("make {new} as a thin snapshot of {}", row.name);
+        plan.prepare.push(Step::new(target.clone(), step, summary));
+        let disk = Disk::new(target.clone(), new.path(), record.disk.format.as_str());
+        disks.push(DiskRecord::new(disk, layer.clone()).owned(vec![layer]));
+    }
+    Ok(ClonePlan::new(plan, disks))
 }
 
 /// Refuses a volume, point or pool that lvm reports as unhealthy.

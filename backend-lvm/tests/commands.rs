@@ -113,6 +113,44 @@ async fn a_thin_create_is_one_command_in_the_cut() {
     );
 }
 
+/// A clone of a thin point is one thin snapshot of it, active and writable, with the operation's tag, by
+/// which an undo knows it. Thick volumes, copies and names in use are refused.
+#[tokio::test]
+async fn thin_clone_is_one_command() {
+    use snapcore::backend::{CloneDisk, ClonePlace};
+    let ask = |name: &str, point: &str| {
+        let place = ClonePlace::new(snapcore::DomainName::new(name).unwrap(), "/vm".into(), 0xab);
+        CloneDisk::new(Point::external(LayerName(point.into())), vec![place], 0xab)
+    };
+    let fixture = Fixture::of("/dev/vg/thin").await;
+    let plan_of = |request: CloneDisk| {
+        let fixture = &fixture;
+        async move { fixture.backend.plan_clone(&fixture.record, &fixture.state, &request).await }
+    };
+    let plan = plan_of(ask("web", "thin.ds-00000001")).await.expect("a plan");
+    assert_eq!(plan.disks[0].disk.address.as_str(), "/dev/vg/web-vda");
+    assert_eq!(shape(&plan.plan), (1, 0, 0));
+    assert_eq!(
+        fixture.apply(&plan.plan).await.expect("done"),
+        ["lvcreate -q -y -s -kn -ay -prw -n web-vda --addtag domsnap --addtag domsnap.work=000000ab \
+          vg/thin.ds-00000001"]
+    );
+    for (request, kind) in [
+        (ask("web", "thin.ds-00000001").full(true), ErrorKind::Refused),
+        (ask("web", "thin.ds-00000009"), ErrorKind::NotFound),
+        (ask("web", "thin"), ErrorKind::NotFound),
+        (ask("a:b", "thin.ds-00000001"), ErrorKind::Unsupported),
+        (ask(&"x".repeat(120), "thin.ds-00000001"), ErrorKind::Refused),
+    ] {
+        assert_eq!(plan_of(request.clone()).await.expect_err("refused").kind(), kind, "{request:?}");
+    }
+    let thick = Fixture::of("/dev/vg/thick").await;
+    let request = ask("web", "thick.ds-00000004");
+    let error = thick.backend.plan_clone(&thick.record, &thick.state, &request).await.expect_err("thick");
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.advice().is_some_and(|advice| advice.contains("domsnap domain add")), "{error}");
+}
+
 #[tokio::test]
 async fn a_thick_create_has_an_area_in_whole_extents() {
     let fixture = Fixture::of("/dev/vg/thick").await;

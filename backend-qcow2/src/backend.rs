@@ -11,8 +11,8 @@ use image_files::{
     manifests_beside, names, open_files,
 };
 use snapcore::backend::{
-    AdviceOn, Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses,
-    Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+    AdviceOn, Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter,
+    DiskState, FileUses, Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
@@ -23,6 +23,7 @@ use snapcore::{
 
 use crate::attached;
 use crate::backing_string::{check_backing_string, resolve_backing};
+use crate::clone;
 use crate::dependents;
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{Limits, Qcow2Chain};
@@ -228,6 +229,17 @@ impl DiskSnapshotter for Qcow2 {
             chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
+    }
+
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        request: &CloneDisk,
+    ) -> Result<ClonePlan<ChainStep>> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        let max_depth = self.limits.max_depth;
+        blocking(move || clone::plan(&disk, &state, &request, max_depth)).await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

@@ -9,6 +9,7 @@ mod attached;
 mod backend;
 mod backing_string;
 mod below;
+mod clone;
 mod dependents;
 pub mod image;
 mod layers;

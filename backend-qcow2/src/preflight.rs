@@ -125,7 +125,9 @@ impl Preflight<'_> {
             | ChainStep::DropInternal { .. }
             | ChainStep::ForgetInternal { .. }
             | ChainStep::Remove { .. }
-            | ChainStep::Unname { .. } => Ok(()),
+            | ChainStep::Unname { .. }
+            | ChainStep::Clone { .. }
+            | ChainStep::PublishClones { .. } => Ok(()),
         }
     }
 
@@ -385,7 +387,7 @@ fn encryption_message(how: Encryption) -> String {
 
 /// Finds the first encrypted image of the chain whose top is `top`, and its method. An image that cannot be
 /// followed ends the search: the code that reads the chain reports it.
-fn encrypted_in(top: &Utf8Path, max_depth: u32) -> Result<Option<(Utf8PathBuf, String)>> {
+pub(crate) fn encrypted_in(top: &Utf8Path, max_depth: u32) -> Result<Option<(Utf8PathBuf, String)>> {
     let mut file = top.to_owned();
     for _ in 0..max_depth {
         let Some(header) = image::probe(file.as_std_path())? else { return Ok(None) };

@@ -82,7 +82,9 @@ impl StepRunner<'_> {
             | ChainStep::Merge { .. }
             | ChainStep::Repoint { .. }
             | ChainStep::Remove { .. }
-            | ChainStep::Unname { .. } => Ok(Salvage::Nothing),
+            | ChainStep::Unname { .. }
+            | ChainStep::Clone { .. }
+            | ChainStep::PublishClones { .. } => Ok(Salvage::Nothing),
         }
     }
 

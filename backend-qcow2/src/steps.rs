@@ -9,12 +9,13 @@
 //! | merge | all data and metadata of the receiving layer, before anything else refers to it |
 //! | repoint | one header write |
 //! | remove, unname | nothing follows that depends on it |
+//! | clone, publish clones | see [`image_files::clones`] |
 
 use std::fs::File;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
-use image_files::{Bases, FileSteps, ImageLocks, names};
+use image_files::{Bases, FileSteps, ImageLocks, clones, names};
 use jiff::Timestamp;
 use snapcore::backend::{Progress, StepStatus};
 use snapcore::{Error, ErrorKind, LayerName, Result};
@@ -60,6 +61,10 @@ impl StepRunner<'_> {
             ChainStep::Repoint { child, to } => self.repoint(child, to),
             ChainStep::Remove { layers } => self.files.remove(layers, |_| None),
             ChainStep::Unname { layer } => self.files.unname(layer),
+            ChainStep::Clone { files, content, virtual_size } => {
+                self.clone_disk(files, content, *virtual_size)
+            }
+            ChainStep::PublishClones { places } => clones::publish_clones(places),
         }
     }
 
@@ -94,6 +99,8 @@ impl StepRunner<'_> {
                 self.mend(layer);
                 Ok(())
             }
+            ChainStep::Clone { files, .. } => files.undo(&[]),
+            ChainStep::PublishClones { places } => clones::unpublish_clones(places),
             ChainStep::DropInternal { .. }
             | ChainStep::ForgetInternal { .. }
             | ChainStep::Merge { .. }
@@ -148,8 +155,15 @@ impl StepRunner<'_> {
             }
             ChainStep::Remove { layers } => return self.files.removed(layers),
             ChainStep::Unname { layer } => names::file_id(&self.files.file(layer))?.is_none(),
+            ChainStep::Clone { files, .. } => return files.status(),
+            ChainStep::PublishClones { places } => return clones::clones_published(places),
         };
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
+    }
+
+    pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
+        let file = file_of(self.files.record, layer)?;
+        Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
     }
 
     /// The backing string of an image on `layer`.
@@ -163,11 +177,6 @@ impl StepRunner<'_> {
     /// after the merge is recorded.)
     fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
         Ok(self.files.merges_active_down(run, into) && self.files.is_named_by_path(into)?)
-    }
-
-    pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
-        let file = file_of(self.files.record, layer)?;
-        Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
     }
 
     fn writing(&self, layer: &LayerName) -> Result<Image> {
@@ -373,7 +382,7 @@ impl StepRunner<'_> {
     }
 
     /// Moves data, and reports progress.
-    fn moving<T>(&self, work: impl FnOnce(&image::Moving<'_>) -> image::Result<T>) -> Result<T> {
+    pub(crate) fn moving<T>(&self, work: impl FnOnce(&image::Moving<'_>) -> image::Result<T>) -> Result<T> {
         Ok(image::Moving::reported(self.progress, self.bytes, &|| self.cancel.is_cancelled(), work)?)
     }
 

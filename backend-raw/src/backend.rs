@@ -11,8 +11,9 @@ use image_files::{
 };
 use rustix::fs::OFlags;
 use snapcore::backend::{
-    Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding, Guard,
-    InspectDepth, Layer, Leftover, Progress, Salvage, Severity, StepContext, StepStatus,
+    Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
+    FileUses, Finding, Guard, InspectDepth, Layer, Leftover, Progress, Salvage, Severity, StepContext,
+    StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::manifest::ManifestStore;
@@ -125,6 +126,16 @@ impl DiskSnapshotter for Raw {
     ) -> Result<DiskPlan<RawStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         blocking(move || plan::plan(&disk, &state, active_path, &request)).await
+    }
+
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        request: &CloneDisk,
+    ) -> Result<ClonePlan<RawStep>> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        blocking(move || plan::clones(&disk, &state, &request)).await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

@@ -4,9 +4,10 @@ use std::os::unix::fs::MetadataExt;
 
 use backend_qcow2::freeze_under;
 use camino::Utf8Path;
+use image_files::clones::{CloneFiles, check_places, require_room};
 use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
-use snapcore::backend::{DiskPlan, DiskRequest, DiskState, InstantPlan, Layer};
+use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskRequest, DiskState, InstantPlan, Layer};
 use snapcore::hypervisor::DiskInstant;
 use snapcore::{
     ActivePath, DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, PointKind, Result, Step,
@@ -43,6 +44,59 @@ pub(crate) fn plan(
         }
     }
     Ok(planner.plan)
+}
+
+/// Plans clones of a point: files that share its blocks, or copies.
+pub(crate) fn clones(
+    record: &DiskRecord,
+    state: &DiskState,
+    request: &CloneDisk,
+) -> Result<ClonePlan<RawStep>> {
+    let (target, layer) = (&record.disk.target, &request.point.layer);
+    let Some(point) = state.layer(layer).filter(|_| request.point.tag.is_none() && *layer != state.active)
+    else {
+        let file = layer_path(record.disk.path(), layer);
+        return Err(Error::new(ErrorKind::NotFound, format!("{target}: {file} does not exist"))
+            .state("no changes made")
+            .advise("bring the file back, or delete the snapshot"));
+    };
+    check_places(&request.clones, record.disk.path())?;
+    let shares = match request.clones.first() {
+        Some(place) if !request.full => {
+            let device = |path: &Utf8Path| std::fs::metadata(path).map(|about| about.dev()).ok();
+            let above = place.directory.parent();
+            above.and_then(device) == device(point.path()) && can_reflink(&place.directory)?
+        }
+        _ => false,
+    };
+    let (method, bytes) = match shares {
+        true => (CopyMethod::Reflink, 0),
+        false => (CopyMethod::Copy, point.allocated),
+    };
+    // What the disk has reserved, a clone has too.
+    let reserve = is_reserved(point.path());
+    require_room(target, &request.clones, if reserve { point.virtual_size.max(bytes) } else { bytes })?;
+    let (mut plan, mut disks) = (DiskPlan::default(), Vec::new());
+    if bytes > 0 && !request.full {
+        plan.notes.push(format!(
+            "{target}: the file system shares no blocks between files there: {} are copied for each clone",
+            shown_size(bytes)
+        ));
+    }
+    for place in &request.clones {
+        let files = CloneFiles::new(place, target, record.disk.path())?;
+        disks.push(files.record(target, &record.disk.format, ActivePath::New, request.stamp));
+        let what = match method {
+            CopyMethod::Reflink => format!("make {} as a reflink of {layer}", files.image),
+            CopyMethod::Copy => format!("copy {layer} into {}", files.image),
+        };
+        let step = RawStep::Clone { files, from: layer.clone(), method, reserve };
+        let step = Step::new(target.clone(), step, format!("{what}, in {}", place.directory));
+        plan.prepare.push(step.bytes(bytes));
+    }
+    let publish = RawStep::PublishClones { places: request.clones.clone() };
+    plan.cut.push(Step::new(target.clone(), publish, "give the directories of the clones their names"));
+    Ok(ClonePlan::new(plan, disks))
 }
 
 struct Planner<'a> {

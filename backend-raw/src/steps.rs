@@ -8,6 +8,7 @@
 //! | name | the second name of the current image, before the path moves away from it |
 //! | switch | the new name, by one rename; the previous image keeps its own name |
 //! | remove, unname | nothing follows that depends on it |
+//! | clone, publish clones | see [`image_files::clones`] |
 //!
 //! **What the domain wrote between a crash and the recovery.** The path is valid at every point, so the
 //! domain may run. While it names the previous image, an undo loses nothing. It may name the copy that a
@@ -17,10 +18,11 @@
 use backend_qcow2::NewOverlay;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::room_of_overlay;
+use image_files::clones::{self, CloneFiles};
 use image_files::layer_name::layer_path;
 use image_files::{FileSteps, kept_layer_message, names};
 use serde::{Deserialize, Serialize};
-use snapcore::backend::{FileUses, Salvage, StepStatus};
+use snapcore::backend::{ClonePlace, FileUses, Salvage, StepStatus};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
 
 use crate::copy::{self, Watch};
@@ -66,6 +68,17 @@ pub enum RawStep {
     Unname { layer: LayerName },
     /// Removes layers.
     Remove { layers: Vec<LayerName> },
+    /// Makes the image of a clone from a layer.
+    Clone {
+        files: CloneFiles,
+        from: LayerName,
+        method: CopyMethod,
+        /// As of a copy.
+        #[serde(default)]
+        reserve: bool,
+    },
+    /// Publishes clones, each a directory of its own.
+    PublishClones { places: Vec<ClonePlace> },
 }
 
 /// Returns the effects of a step on files.
@@ -95,6 +108,10 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
         }
         RawStep::Unname { layer } => uses.renames.push(file(layer)),
         RawStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
+        RawStep::Clone { files, .. } => return files.uses(),
+        RawStep::PublishClones { places } => {
+            uses.makes.extend(places.iter().map(|place| place.directory.clone()));
+        }
     }
     uses
 }
@@ -124,6 +141,10 @@ impl StepRunner<'_> {
             RawStep::Switch { from, to } => self.files.switch(from, to),
             RawStep::Unname { layer } => self.files.unname(layer),
             RawStep::Remove { layers } => self.files.remove(layers, |file| Some(copy::sum_file(file))),
+            RawStep::Clone { files, from, method, reserve } => {
+                self.clone_disk(files, from, *method, *reserve)
+            }
+            RawStep::PublishClones { places } => clones::publish_clones(places),
         }
     }
 
@@ -147,6 +168,8 @@ impl StepRunner<'_> {
             }
             RawStep::Name { layer } => self.files.unname(layer),
             RawStep::Switch { from, to } => self.files.undo_switch(from, to),
+            RawStep::Clone { files, .. } => files.undo(&[]),
+            RawStep::PublishClones { places } => clones::unpublish_clones(places),
             RawStep::Unname { .. } | RawStep::Remove { .. } => Err(Error::new(
                 ErrorKind::Internal,
                 format!("the step {step:?} runs after the commit point only"),
@@ -181,6 +204,8 @@ impl StepRunner<'_> {
             RawStep::Switch { to, .. } => done(names::same_file(self.path(), &self.file(to))?),
             RawStep::Unname { layer } => done(!is_there(layer)?),
             RawStep::Remove { layers } => self.files.removed(layers),
+            RawStep::Clone { files, .. } => files.status(),
+            RawStep::PublishClones { places } => clones::clones_published(places),
         }
     }
 
@@ -215,6 +240,36 @@ impl StepRunner<'_> {
 
     fn source(&self, from: Option<&LayerName>) -> Utf8PathBuf {
         from.map_or_else(|| self.path().to_owned(), |layer| self.file(layer))
+    }
+
+    /// Makes the image of a clone. A point with a checksum is compared with it first.
+    fn clone_disk(
+        &self,
+        files: &CloneFiles,
+        from: &LayerName,
+        method: CopyMethod,
+        reserve: bool,
+    ) -> Result<()> {
+        files.begin()?;
+        let (source, file) = (self.source(Some(from)), files.unfinished_image());
+        copy::verify(&source, self.watch)?;
+        let old = names::open_own(&source, false)?;
+        names::write_new(&file, &source, |new, passing| {
+            match method {
+                CopyMethod::Reflink => {
+                    reflink(&old, &source, &new, passing)?;
+                    if reserve {
+                        let length = new.metadata().map(|about| about.len());
+                        let looking = |error| names::io_error(error, format!("cannot look at {passing}"));
+                        copy::reserve_all(&new, passing, length.map_err(looking)?)?;
+                    }
+                }
+                CopyMethod::Copy => {
+                    copy::copy(&old, &source, &new, passing, reserve, self.watch)?;
+                }
+            }
+            new.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))
+        })
     }
 
     /// Makes a complete copy under a temporary name.

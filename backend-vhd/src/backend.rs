@@ -11,8 +11,8 @@ use image_files::{
     open_files,
 };
 use snapcore::backend::{
-    Base, Capabilities, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding,
-    Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+    Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
+    FileUses, Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
@@ -22,6 +22,7 @@ use snapcore::{
 };
 
 use crate::attached;
+use crate::clone;
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
 use crate::layers::{Limits, VhdChain, bases, file_of, reading};
 use crate::refusal;
@@ -192,6 +193,17 @@ impl DiskSnapshotter for VhdFiles {
             chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
+    }
+
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        request: &CloneDisk,
+    ) -> Result<ClonePlan<ChainStep>> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        let limits = self.limits.clone();
+        blocking(move || clone::plan(&disk, &state, &request, &limits)).await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

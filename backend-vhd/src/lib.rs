@@ -8,6 +8,7 @@
 mod attached;
 mod backend;
 mod base;
+mod clone;
 pub mod image;
 mod layers;
 mod refusal;

@@ -8,13 +8,14 @@
 //! | merge | all data and metadata of the receiving image, before anything else refers to it |
 //! | repoint | one write of the first page |
 //! | remove, unname | nothing follows that depends on it |
+//! | clone, publish clones | see [`image_files::clones`] |
 
 use std::os::unix::fs::MetadataExt;
 
 use backend_qcow2::NewOverlay;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
-use image_files::{FileSteps, names};
+use image_files::{FileSteps, clones, names};
 use snapcore::backend::{Progress, StepStatus};
 use snapcore::{Error, ErrorKind, LayerName, Result};
 use tokio_util::sync::CancellationToken;
@@ -50,6 +51,10 @@ impl StepRunner<'_> {
             ChainStep::Repoint { child, to } => self.repoint(child, to),
             ChainStep::Remove { layers } => self.files.remove(layers, |_| None),
             ChainStep::Unname { layer } => self.files.unname(layer),
+            ChainStep::Clone { files, content, virtual_size } => {
+                self.clone_disk(files, content, *virtual_size)
+            }
+            ChainStep::PublishClones { places } => clones::publish_clones(places),
             internal => Err(no_internal(internal)),
         }
     }
@@ -70,6 +75,8 @@ impl StepRunner<'_> {
                 names::flush_directory_of(&file)
             }
             ChainStep::SwitchActive { from, to } => self.files.undo_switch(from, to),
+            ChainStep::Clone { files, .. } => files.undo(&[]),
+            ChainStep::PublishClones { places } => clones::unpublish_clones(places),
             after => Err(Error::new(
                 ErrorKind::Internal,
                 format!("the step {after:?} runs after the commit point only"),
@@ -98,6 +105,8 @@ impl StepRunner<'_> {
             }
             ChainStep::Remove { layers } => return self.files.removed(layers),
             ChainStep::Unname { layer } => !self.files.is_there(layer)?,
+            ChainStep::Clone { files, .. } => return files.status(),
+            ChainStep::PublishClones { places } => return clones::clones_published(places),
             internal => return Err(no_internal(internal)),
         };
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })

@@ -397,6 +397,35 @@ impl Directory {
         }
     }
 
+    /// Gives a directory of this one another name in it, which nothing has.
+    ///
+    /// # Errors
+    /// The system's, `AlreadyExists` among them; a [`refusal`] where `from` is no directory.
+    pub fn rename_subdirectory(&self, from: &FileName, to: &FileName) -> io::Result<()> {
+        match self.look(from)? {
+            Some(found) if found.is_directory() => {}
+            Some(found) => {
+                let path = self.path.join(from);
+                return Err(refused(format!(
+                    "{} is {}, and must be a directory",
+                    path.display(),
+                    found.kind()
+                )));
+            }
+            None => return Err(Errno::NOENT.into()),
+        }
+        match sys::renameat_with(&self.fd, from.as_os_str(), &self.fd, to.as_os_str(), RenameFlags::NOREPLACE)
+        {
+            // Old file systems do not know this flag. A directory never replaces a file, nor one that has
+            // files in it.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => match self.look(to)? {
+                Some(_) => Err(Errno::EXIST.into()),
+                None => Ok(sys::renameat(&self.fd, from.as_os_str(), &self.fd, to.as_os_str())?),
+            },
+            renamed => Ok(renamed?),
+        }
+    }
+
     /// Removes an empty directory of this one. Returns false where there is none.
     ///
     /// # Errors

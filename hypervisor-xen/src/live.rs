@@ -374,6 +374,8 @@ impl LiveDomain for XenDomain {
             // A domain is created again with the media of its configuration.
             DomainStep::Media { .. } => Ok(StepOutcome::default()),
             DomainStep::RemoveMemory { image } => remove_memory(image).await.map(|()| StepOutcome::default()),
+            // The engine's own.
+            DomainStep::Register { .. } => Ok(StepOutcome::default()),
         }
     }
 
@@ -389,7 +391,9 @@ impl LiveDomain for XenDomain {
             DomainStep::Attach { .. } => section::undo_attach(self, step, context).await,
             // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps
             // its name.
-            DomainStep::CheckMemory { .. } | DomainStep::ReopenByName { .. } => Ok(()),
+            DomainStep::CheckMemory { .. }
+            | DomainStep::ReopenByName { .. }
+            | DomainStep::Register { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))
             }

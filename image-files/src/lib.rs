@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`layer_name`] | names of layers' files |
 //! | [`chain`] | the planner of disks that are chains of files |
+//! | [`clones`] | the directories and shared layers of clones |
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
 //! | `base` | images of other formats at which a chain ends ([`BaseFormat`]) |
@@ -23,6 +24,7 @@ mod attached;
 mod base;
 mod blocking;
 pub mod chain;
+pub mod clones;
 mod configured_path;
 mod discover;
 mod disk_locks;

@@ -225,6 +225,14 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
 /// [`ErrorKind::Refused`], with advice; the system's.
 pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    require_private_directory(directory, path)
+}
+
+/// Refuses a directory in which other users than those of the image at `path` could replace what is made.
+///
+/// # Errors
+/// As [`require_private_directory_of`].
+pub fn require_private_directory(directory: &Utf8Path, path: &Utf8Path) -> Result<()> {
     let looking = |error| io_error(error, format!("cannot look at {path} and its directory"));
     let image = fs::symlink_metadata(path).map_err(looking)?;
     let found = confined_files::foreign_writers(directory.as_std_path(), path.as_std_path(), &image);

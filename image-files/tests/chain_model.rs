@@ -290,6 +290,9 @@ impl Machine {
             }
             ChainStep::Remove { layers } => assert!(!layers.iter().any(is_open), "it is open: {step:?}"),
             ChainStep::Unname { .. } => panic!("the hypervisor knows it by that name: {step:?}"),
+            ChainStep::Clone { .. } | ChainStep::PublishClones { .. } => {
+                panic!("it is of other domains: {step:?}")
+            }
         }
     }
 
@@ -362,6 +365,9 @@ impl Machine {
                 assert_eq!(self.path, layer);
                 assert!(self.images.values().all(|other| other.backing.as_ref() != Some(&layer)));
                 self.images.get_mut(&layer).unwrap().named = false;
+            }
+            ChainStep::Clone { .. } | ChainStep::PublishClones { .. } => {
+                panic!("it is of other domains: {step:?}")
             }
         }
         // Wherever a crash comes, the configured path opens to a layer that exists.

@@ -87,6 +87,8 @@ pub enum Command {
     Revert(Revert),
     /// Delete snapshots; all others stay as they are
     Delete(Delete),
+    /// Make new domains of a snapshot's disks; the domain may run, and its files stay as they are
+    Clone(CloneDomain),
     /// Bring back the state that the last revert replaced
     Undo(Undo),
     /// Hold a snapshot, so that it is not deleted
@@ -326,6 +328,32 @@ impl From<KeepForUndo> for KeepPrevious {
             KeepForUndo::Memory => Self::Memory,
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub struct CloneDomain {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// The name of the new domain; with --count the beginning of the names
+    #[arg(value_name = "NEW")]
+    pub new: DomainName,
+    /// Make this many, NEW-1 to NEW-N: all of them, or none
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub count: Option<u32>,
+    /// Copy all data, so that the clones share none with the domain
+    #[arg(long)]
+    pub full: bool,
+    /// Clone the disks alone, of a snapshot that has memory too
+    #[arg(long)]
+    pub disk_only: bool,
+    /// Make the directories of the clones in this one [default: that of the domain's first disk]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub to: Option<Utf8PathBuf>,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]

@@ -313,6 +313,19 @@ pub struct ChangeDoc {
     pub outcome: Outcome,
 }
 
+/// `clone`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct CloneDoc {
+    /// The domain that was cloned.
+    pub domain: DomainName,
+    /// The snapshot that the clones are made of.
+    pub snapshot: SnapshotName,
+    /// The new domains.
+    pub clones: Vec<Domain>,
+    /// The outcome.
+    pub outcome: Outcome,
+}
+
 /// `revert`, `undo`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RevertDoc {
@@ -634,7 +647,7 @@ pub fn schema() -> serde_json::Value {
     }
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
-        "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
+        "clone": CloneDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,

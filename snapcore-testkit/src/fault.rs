@@ -326,6 +326,14 @@ impl DiskSnapshotter for FaultyBackend {
             None => Ok(plan),
         }
     }
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        request: &snapcore::backend::CloneDisk,
+    ) -> Result<snapcore::backend::ClonePlan> {
+        self.inner.plan_clone(disk, state, request).await
+    }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await
     }

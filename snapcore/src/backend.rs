@@ -19,7 +19,7 @@ use crate::snapshot::{Point, PointKind, Snapshot};
 use crate::state::TagIdentity;
 use crate::step::{Edit, Step};
 
-pub use crate::disk_plan::{DiskPlan, DiskRequest, InstantPlan};
+pub use crate::disk_plan::{CloneDisk, ClonePlace, ClonePlan, DiskPlan, DiskRequest, InstantPlan};
 pub use crate::erased::AnyDiskSnapshotter;
 pub use crate::snapshot::{FoundSnapshots, FreeNames};
 pub use crate::state::{DiskState, InternalPoint, Layer, Undetermined};
@@ -434,6 +434,37 @@ pub trait DiskSnapshotter: Send + Sync {
         active_path: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan<Self::Action>>;
+
+    /// Plans disks of new domains that are made of a point of this one. The domain may run, and its disks are
+    /// neither locked nor changed: a further name of a frozen layer is all that they may get.
+    ///
+    /// * The prepare steps make each clone's disk at its [`ClonePlace`], durably, where nothing else is
+    ///   named. What they make must not depend on anything that a delete, a revert or a merge of this disk
+    ///   changes or removes: it shares frozen content by names of its own, by the store's own means, or
+    ///   copies it.
+    /// * The cut steps publish the disks under the addresses that the plan's records have. They move and copy
+    ///   no data, so all clones of an operation come about within a moment.
+    /// * All steps are steps of this disk, and are undone until the commit point. An undo removes only what
+    ///   the steps made.
+    ///
+    /// By default it is refused.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`], with advice; [`ErrorKind::Exists`] where a place
+    /// is taken; [`ErrorKind::NoSpace`].
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        _state: &DiskState,
+        _request: &CloneDisk,
+    ) -> Result<ClonePlan<Self::Action>> {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{}: disks of the format {} cannot be cloned", disk.disk.target, self.format()),
+        )
+        .state("no changes made")
+        .advise("copy the disk with the tools of its store, and register the copy with `domsnap domain add`"))
+    }
 
     /// Locks the disk's images against other writers until the guard is dropped, by the method that other
     /// users of the format honour. Steps that run meanwhile in this process use the same lock.

@@ -1,10 +1,12 @@
 //! The plan of a backend for one disk, and the request that it fulfils.
 
+use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
+use crate::domain::{ActivePath, DiskRecord};
 use crate::error::Result;
 use crate::hypervisor::DiskInstant;
-use crate::name::{LayerName, SnapshotName};
+use crate::name::{DomainName, LayerName, SnapshotName};
 use crate::shape::{FinishStep, NestedStep};
 use crate::snapshot::{Point, PointKind};
 use crate::step::{Edit, Group, Step};
@@ -52,6 +54,71 @@ pub enum DiskRequest {
         #[serde(default)]
         force: bool,
     },
+}
+
+/// A request for disks of new domains, made of a point of one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CloneDisk {
+    /// The point.
+    pub point: Point,
+    /// True if the clones share nothing with the disk.
+    pub full: bool,
+    /// The placement of the clones' active images.
+    pub active_path: ActivePath,
+    /// The new domains, one disk each.
+    pub clones: Vec<ClonePlace>,
+    /// A random number for names of layers.
+    pub stamp: u32,
+}
+
+impl CloneDisk {
+    /// Requests clones of `point` that share its content.
+    pub fn new(point: Point, clones: Vec<ClonePlace>, stamp: u32) -> Self {
+        Self { point, clones, stamp, full: false, active_path: ActivePath::Keep }
+    }
+}
+
+setters!(CloneDisk { full: bool, active_path: ActivePath });
+
+/// The place of the disks of one clone. A backend whose disks are no files uses the name alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct ClonePlace {
+    /// The name of the new domain.
+    pub domain: DomainName,
+    /// The directory of its disks: an absolute path. It does not exist yet.
+    #[schemars(with = "String")]
+    pub directory: Utf8PathBuf,
+    /// The name of that directory until the clone is complete, beside it. No other operation gives this name.
+    #[schemars(with = "String")]
+    pub unfinished: Utf8PathBuf,
+}
+
+impl ClonePlace {
+    /// The place of the clone `domain` in the directory `parent`. `stamp` distinguishes the operation.
+    pub fn new(domain: DomainName, parent: &camino::Utf8Path, stamp: u32) -> Self {
+        let directory = parent.join(domain.as_str());
+        let unfinished = parent.join(format!(".{domain}.ds-{stamp:08x}"));
+        Self { domain, directory, unfinished }
+    }
+}
+
+/// A backend's answer: the disks of clones, and the steps that make them.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ClonePlan<A = serde_json::Value> {
+    /// The steps, which are prepare and cut steps alone, and notes for the user.
+    pub plan: DiskPlan<A>,
+    /// The disk of each clone, in the order of the request. Its target is that of the source.
+    pub disks: Vec<DiskRecord>,
+}
+
+impl<A> ClonePlan<A> {
+    /// Makes an answer.
+    pub fn new(plan: DiskPlan<A>, disks: Vec<DiskRecord>) -> Self {
+        Self { plan, disks }
+    }
 }
 
 /// A backend's answer: the steps for one disk, by their places in the operation, and the changes of the

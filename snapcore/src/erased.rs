@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -14,7 +15,7 @@ use crate::backend::{
     AdviceOn, Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth,
     Leftover, Salvage, StepContext, StepNeed,
 };
-use crate::disk_plan::{DiskPlan, DiskRequest};
+use crate::disk_plan::{CloneDisk, ClonePlan, DiskPlan, DiskRequest};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
@@ -54,6 +55,29 @@ fn decoded<A: DeserializeOwned>(format: &str, step: &Step) -> Result<Step<A>> {
         .advise("it was written by another version of domsnap: recover with that one")
     })?;
     Ok(Step { target: step.target.clone(), action, summary: step.summary.clone(), bytes: step.bytes })
+}
+
+/// Encodes the steps of a plan for `disk`.
+fn recordable<A: Serialize>(format: &str, disk: &DiskRecord, plan: DiskPlan<A>) -> Result<DiskPlan> {
+    let target = &disk.disk.target;
+    if let Some(step) = plan.steps().find(|step| step.target != *target) {
+        let detail =
+            format!("{target}: '{}' is planned, which is a step of disk {}", step.summary, step.target);
+        return Err(Error::new(ErrorKind::Internal, detail)
+            .state("no changes made")
+            .advise("this is a defect of the backend; please report it"));
+    }
+    plan.try_map(|action| {
+        serde_json::to_value(&action).map_err(|cause| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("{target}: a step of the backend {format} cannot be recorded"),
+            )
+            .because(cause)
+            .state("no changes made")
+            .advise("this is a defect of the backend; please report it")
+        })
+    })
 }
 
 // Every method is delegated: a default method that were forgotten here would hide the backend's own.
@@ -131,27 +155,16 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
         active_path: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan> {
-        let plan = self.inner.plan(disk, state, active_path, request).await?;
-        let target = &disk.disk.target;
-        if let Some(step) = plan.steps().find(|step| step.target != *target) {
-            let detail =
-                format!("{target}: '{}' is planned, which is a step of disk {}", step.summary, step.target);
-            return Err(Error::new(ErrorKind::Internal, detail)
-                .state("no changes made")
-                .advise("this is a defect of the backend; please report it"));
-        }
-        plan.try_map(|action| {
-            serde_json::to_value(&action).map_err(|cause| {
-                let format = self.inner.format();
-                Error::new(
-                    ErrorKind::Internal,
-                    format!("{target}: a step of the backend {format} cannot be recorded"),
-                )
-                .because(cause)
-                .state("no changes made")
-                .advise("this is a defect of the backend; please report it")
-            })
-        })
+        recordable(self.inner.format(), disk, self.inner.plan(disk, state, active_path, request).await?)
+    }
+    async fn plan_clone(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        request: &CloneDisk,
+    ) -> Result<ClonePlan> {
+        let ClonePlan { plan, disks } = self.inner.plan_clone(disk, state, request).await?;
+        Ok(ClonePlan { plan: recordable(self.inner.format(), disk, plan)?, disks })
     }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await

@@ -10,7 +10,7 @@ use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hold::{Holder, HoldingProcess};
 use crate::hypervisor::{PowerAfter, Quiesce};
-use crate::name::{LayerName, SnapshotName, Target};
+use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::snapshot::{PointKind, Snapshot, SnapshotTree};
 
 /// Action for one disk in a create.
@@ -514,6 +514,52 @@ setters!(AmendRequest {
     expires: Option<Option<Timestamp>>,
 });
 
+/// The most clones of one request.
+const MOST_CLONES: u32 = 10_000;
+
+/// A request to make new domains of a snapshot. All of them are made, or none.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CloneRequest {
+    /// The snapshot.
+    pub snapshot: SnapshotName,
+    /// The names of the new domains.
+    pub clones: Vec<DomainName>,
+    /// True if the clones share no data with the source.
+    pub full: bool,
+    /// True to make clones of the disks alone. A snapshot with memory is refused otherwise, because memory is
+    /// not cloned.
+    pub disk_only: bool,
+    /// The directory in which each clone gets a directory of its own; absent: that of the source's first disk
+    /// that is a file.
+    pub directory: Option<Utf8PathBuf>,
+}
+
+impl CloneRequest {
+    /// Requests clones of these names.
+    pub fn new(snapshot: SnapshotName, clones: Vec<DomainName>) -> Self {
+        Self { snapshot, clones, full: false, disk_only: false, directory: None }
+    }
+
+    /// The names of `count` clones: `NAME-1` to `NAME-count`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for no clone, for more than 10,000, and for a name that gets too long.
+    pub fn numbered(name: &DomainName, count: u32) -> Result<Vec<DomainName>> {
+        if !(1..=MOST_CLONES).contains(&count) {
+            return Err(Error::new(ErrorKind::Usage, format!("{count} clones cannot be made at once"))
+                .advise(format!("make 1 to {MOST_CLONES}")));
+        }
+        (1..=count).map(|number| DomainName::new(format!("{name}-{number}"))).collect()
+    }
+}
+
+setters!(CloneRequest {
+    full: bool,
+    disk_only: bool,
+    directory: Option<Utf8PathBuf>,
+});
+
 /// One request on one domain.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -534,6 +580,8 @@ pub enum Request {
     Release(ReleaseRequest),
     /// Change what is recorded of a snapshot for people.
     Amend(AmendRequest),
+    /// Make new domains of a snapshot.
+    Clone(CloneRequest),
 }
 
 impl Request {
@@ -541,7 +589,12 @@ impl Request {
     pub(crate) fn is_of_records(&self) -> bool {
         match self {
             Self::Hold(_) | Self::Release(_) | Self::Amend(_) => true,
-            Self::Create(_) | Self::Revert(_) | Self::Delete(_) | Self::Tidy | Self::Undo(_) => false,
+            Self::Create(_)
+            | Self::Revert(_)
+            | Self::Delete(_)
+            | Self::Tidy
+            | Self::Undo(_)
+            | Self::Clone(_) => false,
         }
     }
 

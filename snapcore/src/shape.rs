@@ -24,6 +24,9 @@ use crate::hypervisor::{DomainStep, GuestChange, PowerAfter, VmStateSaver};
 use crate::name::{SnapshotName, Target};
 use crate::step::{Edit, Group, Step};
 
+/// The kind of operation that makes clones.
+pub(crate) const OF_CLONES: &str = "clone";
+
 /// A whole operation on a domain. The planner makes it, the engine carries it out, `--dry-run` prints it.
 ///
 /// ```
@@ -43,7 +46,7 @@ use crate::step::{Edit, Group, Step};
 )]
 #[non_exhaustive]
 pub struct Plan {
-    /// Kind of the operation: "create", "revert", "delete", "tidy".
+    /// Kind of the operation: "create", "revert", "delete", "tidy", "clone".
     pub operation: String,
     /// The snapshots that the request named.
     pub snapshots: Vec<SnapshotName>,
@@ -334,6 +337,12 @@ impl Plan {
     /// The number of its steps before the commit point.
     pub(crate) fn before_commit(&self) -> usize {
         self.prepare.len() + self.cut.iter().map(CutUnit::len).sum::<usize>()
+    }
+
+    /// Returns true if it leaves the domain's disks as they are, so that it needs no lock on them and no
+    /// connection to the domain: it makes other domains of their points.
+    pub(crate) fn leaves_disks(&self) -> bool {
+        self.operation == OF_CLONES
     }
 
     /// Returns true if it has steps.

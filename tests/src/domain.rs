@@ -189,6 +189,16 @@ impl Domain {
         self.root().join("disks")
     }
 
+    /// The directory of the clones, where a test makes them outside of the domain's own.
+    pub fn clones(&self) -> PathBuf {
+        self.root().join("clones")
+    }
+
+    /// The image of a disk of the clone `name`, in that directory.
+    pub fn image_of_clone(&self, name: &str, target: &str) -> PathBuf {
+        self.clones().join(name).join(format!("{name}-{target}{}", self.naming.1))
+    }
+
     /// The state directory.
     pub fn state(&self) -> PathBuf {
         self.root().join("state")

@@ -28,9 +28,17 @@ pub struct Model {
     pub present: BTreeMap<String, Bytes>,
     /// What the last revert replaced, where it is kept.
     pub previous: Option<Snapshot>,
+    /// The domains that were made of snapshots: each disk's bytes, by target.
+    pub clones: BTreeMap<String, BTreeMap<String, Bytes>>,
 }
 
 impl Model {
+    /// The snapshot `of` has clones of these names.
+    pub fn clone_to(&mut self, names: &[&str], of: &str) {
+        let disks = &self.snapshots[of].disks;
+        self.clones.extend(names.iter().map(|name| ((*name).to_owned(), disks.clone())));
+    }
+
     /// Writes to a disk of the current state.
     pub fn write(&mut self, target: &str, writes: &[Write]) {
         let bytes = Arc::make_mut(self.present.get_mut(target).expect("a target of the model"));

@@ -79,6 +79,18 @@ fn kept(domain: Result<Domain>, name: &str) -> Result<Domain> {
     Ok(domain)
 }
 
+/// `domain` with a directory for clones.
+fn cloneable(domain: Result<Domain>) -> Result<Domain> {
+    let domain = domain?;
+    std::fs::create_dir(domain.clones())?;
+    Ok(domain)
+}
+
+fn clone_args(domain: &Domain, snapshot: &str, rest: &[&str]) -> Vec<String> {
+    let place = domain.clones().display().to_string();
+    args(&[&["clone", NAME, snapshot, "web", "--to", &place], rest].concat())
+}
+
 /// One image that no domain has, with the internal snapshots `names`.
 fn image(names: &[&str]) -> Result<Domain> {
     let mut domain = Domain::unregistered(&Shape::disks(1))?;
@@ -157,6 +169,25 @@ scenarios! {
         line(&["external", "mixed"]),
         |_| args(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
+    }
+    /// Three clones of a chain of frozen layers.
+    CLONE_EXTERNAL Tree {
+        cloneable(line(&["external", "external"])), |d| clone_args(d, "s2", &["--count", "3"]),
+        |m| m.clone_to(&["web-1", "web-2", "web-3"], "s2")
+    }
+    /// A clone of internal snapshots, which are copied out, and of a frozen layer.
+    CLONE_MIXED Tree {
+        cloneable(line(&["mixed", "mixed"])), |d| clone_args(d, "s1", &[]), |m| m.clone_to(&["web"], "s1")
+    }
+    /// Two clones that share nothing.
+    CLONE_FULL Tree {
+        cloneable(line(&["external", "mixed"])), |d| clone_args(d, "s2", &["--full", "--count", "2"]),
+        |m| m.clone_to(&["web-1", "web-2"], "s2")
+    }
+    /// Two clones of copies of raw files.
+    RAW_CLONE Tree {
+        cloneable(raw_line(1)), |d| clone_args(d, "s1", &["--count", "2"]),
+        |m| m.clone_to(&["web-1", "web-2"], "s1")
     }
     /// The only snapshot, external: the current state is merged down or takes its place.
     DELETE_LEAF_EXTERNAL Tree {
@@ -430,6 +461,10 @@ macro_rules! all_scenario_tests {
             create_after_revert CREATE_AFTER_REVERT
             rename RENAME
             release_deferred RELEASE_DEFERRED
+            clone_external CLONE_EXTERNAL
+            clone_mixed CLONE_MIXED
+            clone_full CLONE_FULL
+            raw_clone RAW_CLONE
             raw_revert_keeping RAW_REVERT_KEEPING
             raw_undo RAW_UNDO
             raw_create RAW_CREATE

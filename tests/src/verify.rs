@@ -73,7 +73,60 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
 /// The first difference.
 pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<()> {
     let needed = every_layer(domain, list, model, memo)?;
-    leftovers(&domain.disks(), &needed)
+    leftovers_but(&domain.disks(), &needed, shared_by_clones(domain)?)
+}
+
+/// The files of clones: a layer that a clone has a name of stays in the source's directory too.
+fn shared_by_clones(domain: &Domain) -> Result<HashSet<u64>> {
+    match domain.clones().exists() {
+        true => Ok(domain::files(&domain.clones())?.into_values().collect()),
+        false => Ok(HashSet::new()),
+    }
+}
+
+/// The clones in the domain's directory of clones are those of the model, in every byte, and nothing else is
+/// there; and the catalogue has those domains, and no other. Nothing is asked where no test makes clones.
+///
+/// # Errors
+/// The first difference.
+pub fn clones(domain: &Domain, model: &Model, memo: &mut Memo) -> Result<()> {
+    let place = domain.clones();
+    if !place.exists() {
+        return Ok(());
+    }
+    let wanted: Vec<&str> = model.clones.keys().map(String::as_str).collect();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&place)? {
+        found.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    found.sort_unstable();
+    if found != wanted {
+        bail!("{} should have {wanted:?}, and has {found:?}", place.display());
+    }
+    let listed: serde_json::Value = domain.domsnap().done(&["domain", "list", "--json"])?.json()?;
+    let names = listed["domains"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|listed| listed["domain"]["name"].as_str());
+    let mut names: Vec<&str> = names.filter(|name| *name != domain::NAME).collect();
+    names.sort_unstable();
+    if names != wanted {
+        bail!("the catalogue should have the clones {wanted:?}, and has {names:?}");
+    }
+    for (name, disks) in &model.clones {
+        let mut needed: BTreeSet<PathBuf> = BTreeSet::new();
+        for (target, wanted) in disks {
+            let image = domain.image_of_clone(name, target);
+            bytes(&image, None, wanted, memo).with_context(|| format!("clone {name}"))?;
+            for layer in chain(&image)? {
+                qemu::check(&layer)?;
+                needed.insert(layer);
+            }
+        }
+        leftovers(&place.join(name), &needed)?;
+    }
+    Ok(())
 }
 
 /// As [`every_point`], without a look for leftover files: images that are not the domain's lie beside its
@@ -261,8 +314,12 @@ fn fingerprint(image: &Path, what: &str) -> Result<u64> {
 
 /// The directory holds the `needed` images, further names of them, and manifests; nothing else.
 fn leftovers(dir: &Path, needed: &BTreeSet<PathBuf>) -> Result<()> {
+    leftovers_but(dir, needed, HashSet::new())
+}
+
+/// As [`leftovers`], but files of these inodes may be there.
+fn leftovers_but(dir: &Path, needed: &BTreeSet<PathBuf>, mut inodes: HashSet<u64>) -> Result<()> {
     let files = domain::files(dir)?;
-    let mut inodes = HashSet::new();
     for image in needed {
         let below = image.strip_prefix(dir).with_context(|| format!("{} is elsewhere", image.display()))?;
         inodes.insert(*files.get(below).with_context(|| format!("{} is not there", image.display()))?);

@@ -12,6 +12,8 @@ scenario_tests! {
     /// Between the kill and the recovery the domain runs and writes. What it wrote is in its current state
     /// afterwards; only of a revert that is undone it is saved elsewhere, because that state is given up.
     mod writes_after_kill_kept: crash::kill_and_write_everywhere, scenario;
+    clone_external CLONE_EXTERNAL
+    clone_mixed CLONE_MIXED
     create_internal CREATE_INTERNAL
     create_external CREATE_EXTERNAL
     create_mixed CREATE_MIXED

@@ -6,6 +6,7 @@ use domsnap_tests::{crash, scenario_tests};
 scenario_tests! {
     /// A kill anywhere is healed.
     mod kill_heals: crash::kill_everywhere, reflink, all;
+    clone CLONE
     create CREATE
     create_both_ways CREATE_BOTH_WAYS
     revert REVERT
@@ -16,6 +17,7 @@ scenario_tests! {
 scenario_tests! {
     /// A power loss anywhere is healed.
     mod power_loss_heals: crash::lose_power_everywhere, reflink, all;
+    clone CLONE
     create CREATE
     create_both_ways CREATE_BOTH_WAYS
     revert REVERT

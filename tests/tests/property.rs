@@ -1,5 +1,6 @@
-//! Random sequences of writes, creates, reverts, undos and deletes, with the model beside them: after each
-//! step, every point of the tree is what the model says, every layer is clean, and nothing is left behind.
+//! Random sequences of writes, creates, reverts, undos, deletes and clones, with the model beside them: after
+//! each step, every point of the tree is what the model says, every layer is clean, and nothing is left
+//! behind.
 //!
 //! `DOMSNAP_PROPERTY_SEED` and `DOMSNAP_PROPERTY_CASES` try others; a failure prints both and the shrunk
 //! sequence.
@@ -24,6 +25,18 @@ enum Step {
     Rename { of: usize },
     Delete { of: Vec<usize> },
     DeleteSubtree { of: usize, only: bool },
+    Clone { of: usize, full: bool, many: bool },
+    DropClone { of: usize },
+}
+
+/// As [`step`], with clones in between, which live on while their source changes.
+fn step_or_clone() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        10 => step(),
+        2 => (0..1000usize, prop::bool::weighted(0.2), any::<bool>())
+            .prop_map(|(of, full, many)| Step::Clone { of, full, many }),
+        1 => (0..1000usize).prop_map(|of| Step::DropClone { of }),
+    ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -86,7 +99,27 @@ fn apply(domain: &mut Domain, number: usize, step: &Step) -> Result<()> {
             domain.model.previous = None;
             Ok(())
         }
+        // What only the clone needed of its source is removed there by the recovery.
+        Step::DropClone { of } => {
+            let clones: Vec<String> = domain.model.clones.keys().cloned().collect();
+            let Some(name) = clones.get(of % clones.len().max(1)) else { return Ok(()) };
+            domain.domsnap().done(&["domain", "remove", name])?;
+            std::fs::remove_dir_all(domain.clones().join(name))?;
+            domain.model.clones.remove(name);
+            domain.domsnap().done(&["recover"]).map(drop)
+        }
         _ if names.is_empty() => Ok(()),
+        Step::Clone { of, full, many } => {
+            let (snapshot, new) = (&names[of % names.len()], format!("c{number}"));
+            let place = domain.clones().display().to_string();
+            let mut args = vec!["clone", NAME, snapshot, &new, "--to", &place];
+            args.extend(full.then_some("--full"));
+            args.extend(if *many { &["--count", "2"][..] } else { &[] });
+            domain.domsnap().done(&args)?;
+            let made = if *many { vec![format!("{new}-1"), format!("{new}-2")] } else { vec![new] };
+            domain.model.clone_to(&made.iter().map(String::as_str).collect::<Vec<_>>(), snapshot);
+            Ok(())
+        }
         Step::Rename { of } => {
             let (name, new) = (&names[of % names.len()], format!("r{number}"));
             domain.domsnap().done(&["rename", NAME, name, &new])?;
@@ -134,12 +167,16 @@ fn apply(domain: &mut Domain, number: usize, step: &Step) -> Result<()> {
     }
 }
 
-fn run(shape: &Shape, steps: &[Step]) -> Result<()> {
+fn run(shape: &Shape, steps: &[Step], with_clones: bool) -> Result<()> {
     let (mut domain, mut memo) = (Domain::new(shape)?, Memo::default());
+    if with_clones {
+        std::fs::create_dir(domain.clones())?;
+    }
     for (number, step) in steps.iter().enumerate() {
         let mut look = |domain: &mut Domain| -> Result<()> {
             apply(domain, number, step)?;
-            verify::every_point(domain, &domain.model, NAME, &mut memo)
+            verify::every_point(domain, &domain.model, NAME, &mut memo)?;
+            verify::clones(domain, &domain.model, &mut memo)
         };
         look(&mut domain).with_context(|| format!("step {number}: {step:?}"))?;
     }
@@ -148,13 +185,17 @@ fn run(shape: &Shape, steps: &[Step]) -> Result<()> {
 
 /// Random sequences on images of `shape`.
 fn any_sequence(shape: Shape) {
+    sequences(shape, step(), false);
+}
+
+fn sequences(shape: Shape, step: impl Strategy<Value = Step>, with_clones: bool) {
     let (seed, cases) = (from_env("DOMSNAP_PROPERTY_SEED", 1), from_env("DOMSNAP_PROPERTY_CASES", 12) as u32);
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
-    let result = TestRunner::new_with_rng(config, rng).run(&prop::collection::vec(step(), 4..16), |steps| {
-        run(&shape, &steps).map_err(|error| TestCaseError::fail(format!("{error:?}")))
+    let result = TestRunner::new_with_rng(config, rng).run(&prop::collection::vec(step, 4..16), |steps| {
+        run(&shape, &steps, with_clones).map_err(|error| TestCaseError::fail(format!("{error:?}")))
     });
     match result {
         Ok(()) => {}
@@ -189,4 +230,10 @@ fn three_disks_of_64_kib_clusters() {
 #[test]
 fn one_disk_of_extended_l2_tables() {
     any_sequence(Shape::disks(1).options("extended_l2=on,cluster_size=16384"));
+}
+
+/// Clones keep what they show while their source is changed in any way, and the source keeps its points.
+#[test]
+fn two_disks_with_clones() {
+    sequences(Shape::disks(2), step_or_clone(), true);
 }

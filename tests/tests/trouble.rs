@@ -418,11 +418,14 @@ macro_rules! failures {
 
 failures! {
     one_operation_fails_with_an_io_error_during "EIO" Once {
+        clone_mixed CLONE_MIXED
         create_mixed CREATE_MIXED
         revert_materialised REVERT_INTERNAL_MATERIALISED
         delete_from_the_middle DELETE_MIDDLE_BIG_ABOVE
     }
     the_disk_is_full_from_some_operation_on_during "ENOSPC" FromThenOn {
+        clone_external CLONE_EXTERNAL
+        clone_full CLONE_FULL
         create_mixed CREATE_MIXED
         revert_saving_current REVERT_SAVING_CURRENT
         delete_from_the_middle DELETE_MIDDLE_BIG_ABOVE
@@ -440,6 +443,11 @@ mod an_interrupt_undoes_or_finishes {
     #[test]
     fn a_create() {
         assert!(anywhere(scenario::CREATE_MIXED) > 0, "no interrupt was heard before the commit point");
+    }
+
+    #[test]
+    fn a_clone() {
+        assert!(anywhere(scenario::CLONE_FULL) > 0, "no interrupt was heard before the commit point");
     }
 
     #[test]

@@ -521,6 +521,8 @@ impl LiveDomain for QemuDomain {
             DomainStep::RemoveMemory { image } => {
                 remove_memory(image).await?;
             }
+            // The engine's own.
+            DomainStep::Register { .. } => {}
         }
         Ok(StepOutcome::default())
     }
@@ -540,7 +542,7 @@ impl LiveDomain for QemuDomain {
                 self.unpacked.release(image.require_path()?);
                 Ok(())
             }
-            DomainStep::ReopenByName { .. } => Ok(()),
+            DomainStep::ReopenByName { .. } | DomainStep::Register { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that cannot be undone was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))

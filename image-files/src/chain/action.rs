@@ -1,9 +1,10 @@
 //! The actions of a chain of files, and the effects of each on files.
 
 use serde::{Deserialize, Serialize};
-use snapcore::backend::{FileUses, InternalPoint};
+use snapcore::backend::{ClonePlace, FileUses, InternalPoint};
 use snapcore::{DiskRecord, LayerName, TagIdentity};
 
+use crate::clones::CloneFiles;
 use crate::layer_name::layer_path;
 
 /// An internal snapshot that a step works on.
@@ -133,6 +134,48 @@ pub enum ChainStep {
         /// The layer.
         layer: LayerName,
     },
+    /// Makes the image of a clone. No disk changes.
+    Clone {
+        /// Its files.
+        files: CloneFiles,
+        /// Its content.
+        content: CloneContent,
+        /// Its size, in bytes.
+        virtual_size: u64,
+    },
+    /// Publishes clones, each a directory of its own.
+    PublishClones {
+        /// The directories.
+        places: Vec<ClonePlace>,
+    },
+}
+
+/// The content of a clone's image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum CloneContent {
+    /// None: it is an overlay on a frozen layer.
+    Overlay {
+        /// Its backing file: a name in the clone's directory, or an absolute path.
+        on: LayerName,
+        /// The format of the backing file.
+        on_format: String,
+    },
+    /// A copy of an internal snapshot's own data, with the same backing file as the snapshot's layer.
+    CopyOfTag {
+        /// The layer that contains the snapshot.
+        from: LayerName,
+        /// The snapshot.
+        tag: Tag,
+    },
+    /// A copy of all that a point shows, without a backing file.
+    CopyOfAll {
+        /// The layer that is the point, or contains it.
+        from: LayerName,
+        /// The internal snapshot, if the point is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tag: Option<Tag>,
+    },
 }
 
 /// The least that any new file or table occupies: blocks of a file system are seldom smaller.
@@ -179,6 +222,10 @@ pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
         ChainStep::Repoint { child, .. } => uses.writes.push(file(child)),
         ChainStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
         ChainStep::Unname { layer } => uses.renames.push(file(layer)),
+        ChainStep::Clone { files, .. } => return files.uses(),
+        ChainStep::PublishClones { places } => {
+            uses.makes.extend(places.iter().map(|place| place.directory.clone()));
+        }
     }
     uses
 }

@@ -19,7 +19,7 @@ use snapcore::{
     Step, Target,
 };
 
-pub use self::action::{ChainStep, Tag, room_of_overlay, uses};
+pub use self::action::{ChainStep, CloneContent, Tag, room_of_overlay, uses};
 pub use self::cost::cost;
 pub use self::neighbours::{rebase, unless_tidying};
 use crate::layer_name::{is_layer_name, layer_path};

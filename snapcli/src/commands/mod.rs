@@ -1,6 +1,7 @@
 //! The commands: each calls the service and formats its answer as text or JSON.
 
 mod change;
+mod clone;
 mod disk;
 mod domain;
 mod generate;
@@ -32,6 +33,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Create(create) => change::create(&open(global)?, create),
         Command::Revert(revert) => change::revert(&open(global)?, revert),
         Command::Delete(delete) => change::delete(&open(global)?, delete),
+        Command::Clone(clone) => clone::run(&open(global)?, clone),
         Command::Undo(undo) => held::undo(&open(global)?, undo),
         Command::Hold(hold) => held::hold(&open(global)?, hold),
         Command::Release(release) => held::release(&open(global)?, release),

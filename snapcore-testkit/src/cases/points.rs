@@ -1,12 +1,15 @@
 //! Snapshots and the current state, when nothing fails.
 
-use anyhow::ensure;
-use snapcore::ErrorKind;
+use anyhow::{Context, Result, ensure};
+use snapcore::service::{CloneRequest, DomainRef};
+use snapcore::{Domain, DomainName, ErrorKind, SnapshotName};
+use tokio_util::sync::CancellationToken;
 
 use super::{TestCase, trees, trees_with_deletes};
-use crate::fixture::{Fixture, Op};
+use crate::fixture::{Fixture, Method, Op, compare};
+use crate::test_backend::TestBackend;
 
-pub(super) const CASES: [TestCase; 12] = [
+pub(super) const CASES: [TestCase; 13] = [
     TestCase::always(
         "create_keeps_current",
         "a create leaves the current state byte for byte",
@@ -104,6 +107,11 @@ pub(super) const CASES: [TestCase; 12] = [
         },
     ),
     TestCase::always(
+        "clones_keep_their_snapshot",
+        "clones of a snapshot show it, whatever becomes of the source and of each other",
+        clones,
+    ),
+    TestCase::always(
         "delete_newest_keeps_current",
         "a delete of the newest snapshot keeps the current state",
         |subject, method| {
@@ -178,3 +186,59 @@ pub(super) const CASES: [TestCase; 12] = [
         },
     ),
 ];
+
+/// Clones of the newest snapshot, while the source and one of them change. A backend that does not clone is
+/// not tried. One whose disks are no files is not either: the kit does not know how to remove a clone's.
+fn clones(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    let snapshot = fixture.model.current.clone().unwrap_or_default();
+    let wanted = fixture.model.points.get(&snapshot).context("the snapshot")?.disks.clone();
+    if !fixture.records()?.iter().all(|record| record.disk.path().is_file()) {
+        eprintln!("not tried: the disks are no files");
+        return Ok(());
+    }
+    let names = [DomainName::new("one")?, DomainName::new("other")?];
+    let request = CloneRequest::new(SnapshotName::new(&snapshot)?, names.to_vec());
+    let reference = fixture.reference();
+    let process = fixture.process()?;
+    match process.wait(process.service.clone_domain(&reference, request, CancellationToken::new())) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            eprintln!("not tried: {error}");
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    }
+    fixture.check_current()?;
+    let mut clones = Vec::new();
+    for name in names {
+        let process = fixture.process()?;
+        clones.push(process.wait(process.service.resolve(&DomainRef::Name(name)))?);
+    }
+    let shown = |fixture: &Fixture<'_>, domain: &Domain| -> Result<()> {
+        for record in &domain.disks {
+            let target = record.disk.target.as_str();
+            let wanted = wanted.get(target).context("a disk of the model")?;
+            let found = fixture.subject().read(record)?;
+            compare(&found, wanted).with_context(|| format!("clone {} on {target}", domain.name))?;
+        }
+        Ok(())
+    };
+    ensure!(clones.iter().all(|domain| domain.disks.len() == wanted.len()), "a clone lacks a disk");
+    for domain in &clones {
+        shown(&fixture, domain)?;
+    }
+    // Of what one writes, neither the other nor the source sees anything.
+    if let [one, other] = &clones[..] {
+        for record in &one.disks {
+            fixture.subject().write(record, 0, &[0xa5; 4096])?;
+        }
+        shown(&fixture, other)?;
+        fixture.check_all()?;
+        // The source goes on, and gives up the snapshot.
+        fixture.write_random()?;
+        fixture.delete(&[&snapshot])?;
+        shown(&fixture, other)?;
+    }
+    fixture.check_all()
+}

@@ -156,7 +156,7 @@ impl TestLive {
                     }
                 }
             }
-            DomainStep::ReopenByName { .. } | DomainStep::Media { .. } => {}
+            DomainStep::ReopenByName { .. } | DomainStep::Media { .. } | DomainStep::Register { .. } => {}
             DomainStep::CheckMemory { .. }
             | DomainStep::SaveMemory { .. }
             | DomainStep::RemoveMemory { .. } => return unsupported("has no memory images"),
@@ -187,7 +187,8 @@ impl TestLive {
             | DomainStep::ReopenByName { .. }
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
-            | DomainStep::RemoveMemory { .. } => {}
+            | DomainStep::RemoveMemory { .. }
+            | DomainStep::Register { .. } => {}
         }
         Ok(())
     }

@@ -49,7 +49,8 @@ impl Guest {
                 | DomainStep::Media { .. }
                 | DomainStep::SaveMemory { .. }
                 | DomainStep::CheckMemory { .. }
-                | DomainStep::RemoveMemory { .. },
+                | DomainStep::RemoveMemory { .. }
+                | DomainStep::Register { .. },
             ) => guest,
         }
     }

@@ -27,6 +27,7 @@
 
 mod finish;
 mod guest;
+mod register;
 mod step;
 mod undo;
 

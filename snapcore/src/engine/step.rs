@@ -154,6 +154,7 @@ impl Running<'_> {
                 saver()?.remove_memory(image).await?;
                 return Ok(StepOutcome::default());
             }
+            DomainStep::Register { domains } => return self.register(domains).await,
             _ => {}
         }
         let Some(live) = self.engine.live else { return self.apply_at_rest(step).await };
@@ -245,7 +246,8 @@ impl Running<'_> {
             DomainStep::Instant { .. }
             | DomainStep::SaveMemory { .. }
             | DomainStep::CheckMemory { .. }
-            | DomainStep::RemoveMemory { .. } => Err(Error::new(
+            | DomainStep::RemoveMemory { .. }
+            | DomainStep::Register { .. } => Err(Error::new(
                 ErrorKind::Internal,
                 "a step was planned for a running domain, and nothing is connected to it",
             )),

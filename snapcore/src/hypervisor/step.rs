@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::address::DiskAddress;
+use crate::domain::Domain;
 use crate::name::Target;
 use crate::snapshot::Consistency;
 
@@ -218,6 +219,12 @@ pub enum DomainStep {
         #[serde(rename = "file")]
         #[schemars(with = "String")]
         image: DiskAddress,
+    },
+    /// Enters new domains into the catalogue, whose disks exist, and writes their manifests. The engine does
+    /// it: no hypervisor gets this step.
+    Register {
+        /// The domains.
+        domains: Vec<Domain>,
     },
 }
 

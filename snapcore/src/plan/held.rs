@@ -38,7 +38,12 @@ pub(crate) fn records_only(
         Request::Hold(hold) => ("hold", held(domain, named(&hold.name)?, hold, now)?),
         Request::Release(release) => ("release", released(domain, named(&release.name)?, release)?),
         Request::Amend(amend) => ("amend", amended(domain, tree, named(&amend.name)?, amend)?),
-        Request::Create(_) | Request::Revert(_) | Request::Delete(_) | Request::Tidy | Request::Undo(_) => {
+        Request::Create(_)
+        | Request::Revert(_)
+        | Request::Delete(_)
+        | Request::Tidy
+        | Request::Undo(_)
+        | Request::Clone(_) => {
             return Err(Error::new(ErrorKind::Internal, "the request changes more than records"));
         }
     };

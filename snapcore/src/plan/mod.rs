@@ -1,6 +1,7 @@
 //! Plans a request over all disks of a domain: a function of the current state, without a side effect.
 
 mod capabilities;
+mod clone;
 mod held;
 mod live;
 mod merged;
@@ -82,6 +83,7 @@ pub(crate) async fn plan(
         Request::Tidy => planner.tidy().await,
         Request::Undo(undo) if undo.forget => planner.forget().await,
         Request::Undo(undo) => planner.revert(&undo.as_revert(tree, alive.is_some())?).await,
+        Request::Clone(clone) => planner.clones(clone).await,
         Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
             records_only(domain, tree, request, Timestamp::now())
         }

@@ -22,8 +22,8 @@ use crate::hypervisor::{Control, DomainInfo};
 use crate::name::{DomainName, SnapshotName};
 use crate::registry::Registry;
 use crate::request::{
-    AmendRequest, CreateRequest, DeleteRequest, HoldRequest, ReleaseRequest, Request, RevertRequest,
-    UndoRequest,
+    AmendRequest, CloneRequest, CreateRequest, DeleteRequest, HoldRequest, ReleaseRequest, Request,
+    RevertRequest, UndoRequest,
 };
 use crate::shape::Plan;
 
@@ -167,7 +167,14 @@ impl Domsnap {
         if request.is_of_records() {
             return Ok(vec![self.rooms.planning.plan_for(&located.entry, None, request).await?]);
         }
-        let live = self.rooms.locator.connect(&located.entry.domain).await?;
+        // Clones are made of the disks as they are on the machine, whether the domain runs or not.
+        let live = match request {
+            Request::Clone(clone) => {
+                self.rooms.records.require_new(&clone.clones).await?;
+                None
+            }
+            _ => self.rooms.locator.connect(&located.entry.domain).await?,
+        };
         let entry = &located.entry;
         let request = &request.clone().resolved(&entry.domain, &entry.tree, live.is_some())?;
         let saved = match request {
@@ -280,6 +287,33 @@ impl Domsnap {
         cancel: CancellationToken,
     ) -> Result<Outcome> {
         self.change(domain, Request::Undo(request), cancel).await
+    }
+
+    /// Makes new domains of a snapshot's disks: all of them, or none. The domain may run, and its disks stay
+    /// as they are. A clone has a name of its own for all that it shares, so the snapshot may be deleted, and
+    /// the domain removed, while it exists.
+    ///
+    /// ```no_run
+    /// # use snapcore::service::{CloneRequest, DomainRef, Domsnap};
+    /// # use snapcore::{DomainName, SnapshotName};
+    /// # use tokio_util::sync::CancellationToken;
+    /// # async fn ten(domsnap: &Domsnap) -> snapcore::Result<()> {
+    /// let names = CloneRequest::numbered(&DomainName::new("web")?, 10)?;
+    /// let request = CloneRequest::new(SnapshotName::new("installed")?, names);
+    /// domsnap.clone_domain(&DomainRef::parse("gold")?, request, CancellationToken::new()).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The errors of [`Domsnap::create`]; [`ErrorKind::Exists`] for a name or a directory that is in use.
+    pub async fn clone_domain(
+        &self,
+        domain: &DomainRef,
+        request: CloneRequest,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        self.change(domain, Request::Clone(request), cancel).await
     }
 
     /// Holds a snapshot, so that it is not deleted. A snapshot can have many holds, one by each holder. Only

@@ -35,8 +35,8 @@ mod viewer;
 
 pub use crate::event::{Event, EventStream};
 pub use crate::request::{
-    AmendRequest, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, HoldRequest, KeepPrevious,
-    ReleaseRequest, Request, RevertRequest, UndoRequest,
+    AmendRequest, CloneRequest, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, HoldRequest,
+    KeepPrevious, ReleaseRequest, Request, RevertRequest, UndoRequest,
 };
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;

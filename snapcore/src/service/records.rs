@@ -7,6 +7,7 @@ use camino::Utf8Path;
 use crate::address::DiskAddress;
 use crate::backend::DiskSnapshotter;
 use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
+use crate::domain::Hypervisor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::DomainName;
 use crate::operation::Operation;
@@ -79,6 +80,25 @@ impl Records {
         }
     }
 
+    /// Fails unless all of these names can be given to new domains.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::Usage`] for a name that begins as an address does.
+    pub(super) async fn require_new(&self, names: &[DomainName]) -> Result<()> {
+        for name in names {
+            require_no_address(&self.1, name)?;
+        }
+        let known = self.0.domains().await?;
+        match names.iter().find(|name| known.iter().any(|entry| entry.domain.name == **name)) {
+            None => Ok(()),
+            Some(taken) => Err(Error::new(ErrorKind::Exists, format!("there is a domain {taken} already"))
+                .state("no changes made")
+                .advise(format!(
+                    "choose another name, or remove that one with `domsnap domain remove {taken}`"
+                ))),
+        }
+    }
+
     /// The error for a name that no domain has.
     async fn no_domain(&self, name: &DomainName) -> Result<Error> {
         let known = self.0.domains().await?;
@@ -104,5 +124,22 @@ impl Records {
                 known.join(", ")
             )),
         })
+    }
+}
+
+/// Fails for a name that no reference could use, because it begins as an address does.
+///
+/// # Errors
+/// [`ErrorKind::Usage`].
+pub(super) fn require_no_address(registry: &Registry, name: &DomainName) -> Result<()> {
+    let hypervisor = name.as_str().split_once(':').and_then(|(word, _)| Hypervisor::new(word).ok());
+    match hypervisor.filter(|hypervisor| registry.hypervisor(hypervisor).is_ok()) {
+        None => Ok(()),
+        Some(hypervisor) => Err(Error::new(
+            ErrorKind::Usage,
+            format!("the name {name} begins with '{hypervisor}:', which says where a domain is reached"),
+        )
+        .state("no changes made")
+        .advise("choose another name")),
     }
 }

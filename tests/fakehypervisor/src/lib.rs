@@ -350,7 +350,7 @@ impl LiveDomain for Live {
                 })?;
             }
             DomainStep::RemoveMemory { image } => remove_memory(image)?,
-            DomainStep::Media { .. } => {}
+            DomainStep::Media { .. } | DomainStep::Register { .. } => {}
         }
         Ok(facts)
     }
@@ -378,7 +378,8 @@ impl LiveDomain for Live {
             | DomainStep::ReopenByName { .. }
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
-            | DomainStep::RemoveMemory { .. } => Ok(()),
+            | DomainStep::RemoveMemory { .. }
+            | DomainStep::Register { .. } => Ok(()),
         }
     }
 

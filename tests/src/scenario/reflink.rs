@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Look, Scenario, args, strings};
+use super::{Look, Scenario, args, clone_args, cloneable, strings};
 use crate::domain::{Domain, NAME, Shape};
 
 /// Two raw disks on a file system that shares blocks; snapshots by `methods`, called `s1`, `s2`, ..., with
@@ -28,6 +28,11 @@ scenarios! {
         line(&["methods", "reflink"]),
         |_| args(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
+    }
+    /// Two clones, one disk of each shares blocks with a point that shares them, one with a copy.
+    CLONE Tree on xfs {
+        cloneable(line(&["methods"])), |d| clone_args(d, "s1", &["--count", "2"]),
+        |m| m.clone_to(&["web-1", "web-2"], "s1")
     }
     /// In the middle: raw points depend on nothing.
     DELETE_MIDDLE Tree on xfs {

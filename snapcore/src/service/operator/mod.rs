@@ -2,6 +2,7 @@
 //! interrupted operations first. It is the only room that runs plans.
 
 mod abandon;
+mod clone;
 mod lock;
 mod records;
 mod recover;
@@ -65,6 +66,9 @@ impl Operator {
         let mut locked = self.locks.lock(&reference, &cancel).await?;
         if request.is_of_records() {
             return self.change_records(locked, request, &cancel).await;
+        }
+        if let Request::Clone(_) = request {
+            return self.make_clones(locked, request, &cancel).await;
         }
         let mut recovered = Vec::new();
         let mut live = self.locator.connect(&locked.located.entry.domain).await?;

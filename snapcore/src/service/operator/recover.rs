@@ -34,11 +34,18 @@ impl Operator {
         for operation in self.records.unfinished(&entry.domain.name).await? {
             // 1) The disks are locked, and no other process uses them: the domain may run without our
             //    knowing.
-            let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
-            let watched = self.watcher.watched(&entry.domain, live.as_ref(), Some(&operation.plan)).await?;
-            watched.refuse_users().await?;
+            //    An operation that leaves the disks as they are needs neither: its clones are its own.
+            let leaves_disks = operation.plan.leaves_disks();
+            let mut _held = Vec::new();
+            if !leaves_disks {
+                _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
+                let watched =
+                    self.watcher.watched(&entry.domain, live.as_ref(), Some(&operation.plan)).await?;
+                watched.refuse_users().await?;
+            }
             // 2) The journal says if the operation is undone or finished, and how far it got.
-            let report = self.resume(entry, manifests, live.as_ref(), operation, cancel).await?;
+            let used = live.as_ref().filter(|_| !leaves_disks);
+            let report = self.resume(entry, manifests, used, operation, cancel).await?;
             self.events.report(Event::Recovered { report: Box::new(report.clone()) });
             reports.push(report);
             // 3) The recovered operation may have started the domain, stopped it, or resumed it.

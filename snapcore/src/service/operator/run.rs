@@ -146,7 +146,8 @@ fn may_lag(request: &Request, manifests: &Manifests, error: Error) -> Result<()>
         | Request::Revert(_)
         | Request::Hold(_)
         | Request::Release(_)
-        | Request::Amend(_) => Ok(()),
+        | Request::Amend(_)
+        | Request::Clone(_) => Ok(()),
         Request::Undo(undo) if !undo.forget => Ok(()),
         // Manifests of deleted snapshots are removed before their data, which needs no space; the others
         // follow later.

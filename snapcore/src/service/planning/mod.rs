@@ -61,6 +61,7 @@ impl Planning {
     ) -> Result<Plan> {
         let depth = match request {
             Request::Create(_) => InspectDepth::Active,
+            Request::Clone(_) => InspectDepth::Layers,
             Request::Revert(_) | Request::Delete(_) | Request::Tidy | Request::Undo(_) => {
                 InspectDepth::Dependents
             }
@@ -145,7 +146,8 @@ impl Planning {
             | Request::Undo(_)
             | Request::Hold(_)
             | Request::Release(_)
-            | Request::Amend(_) => Part::Whole,
+            | Request::Amend(_)
+            | Request::Clone(_) => Part::Whole,
         })
     }
 }

@@ -44,7 +44,8 @@ fn note_on_outside(outside: Vec<String>, request: &Request, plan: &Plan) -> Opti
         | Request::Undo(_)
         | Request::Hold(_)
         | Request::Release(_)
-        | Request::Amend(_) => return None,
+        | Request::Amend(_)
+        | Request::Clone(_) => return None,
     };
     (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
 }
@@ -62,7 +63,8 @@ fn note_on_shared(shared: Vec<String>, request: &Request, plan: &Plan) -> Option
         | Request::Undo(_)
         | Request::Hold(_)
         | Request::Release(_)
-        | Request::Amend(_) => return None,
+        | Request::Amend(_)
+        | Request::Clone(_) => return None,
     };
     (!shared.is_empty()).then(|| format!("{}: {note}", shared.join(", ")))
 }

@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::DomainName;
 use crate::service::images::real_images;
 use crate::service::importer::{ImportSource, Imported};
+use crate::service::records::require_no_address;
 use crate::service::{DomainRef, ImportOptions, ImportReport};
 
 /// A domain of the catalogue that is imported again, under its lock.
@@ -27,7 +28,7 @@ impl Registrar {
         options: ImportOptions,
         cancel: CancellationToken,
     ) -> Result<ImportReport> {
-        options.name.as_ref().map_or(Ok(()), |name| self.require_name(name))?;
+        options.name.as_ref().map_or(Ok(()), |name| require_no_address(&self.registry, name))?;
         let (source, owner) = self.source_of(&reference).await?;
         let known = match owner {
             None => None,

@@ -14,10 +14,9 @@ use super::importer::{ImportSource, Imported, Importer};
 use super::ledger::Ledger;
 use super::locator::{Located, Locator};
 use super::operator::Locks;
-use super::records::Records;
+use super::records::{Records, require_no_address};
 use super::{DomainRef, DomainSpec, ImportReport, Removal};
 use crate::catalogue::{Change, Entry, Lease, Revision};
-use crate::domain::Hypervisor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::host::Host;
@@ -55,7 +54,7 @@ pub(super) struct Registrar {
 impl Registrar {
     /// Registers a domain.
     pub(super) async fn add(&self, spec: DomainSpec, cancel: CancellationToken) -> Result<ImportReport> {
-        self.require_name(&spec.name)?;
+        require_no_address(&self.registry, &spec.name)?;
         let control = match (&spec.control, spec.hypervisor.is_none()) {
             (Some(control), false) => Some(self.locator.read_control(&spec.hypervisor, control)?),
             (control, _) => control.clone(),
@@ -138,20 +137,6 @@ impl Registrar {
         let put = Change::PutDomain(Box::new(entry.domain.clone()), snapshots);
         self.ledger.commit(&entry.domain.name, entry.revision, vec![put]).await?;
         Ok(before)
-    }
-
-    /// Fails for a name that no reference could use, because it begins as an address does.
-    fn require_name(&self, name: &DomainName) -> Result<()> {
-        let hypervisor = name.as_str().split_once(':').and_then(|(word, _)| Hypervisor::new(word).ok());
-        match hypervisor.filter(|hypervisor| self.registry.hypervisor(hypervisor).is_ok()) {
-            None => Ok(()),
-            Some(hypervisor) => Err(Error::new(
-                ErrorKind::Usage,
-                format!("the name {name} begins with '{hypervisor}:', which says where a domain is reached"),
-            )
-            .state("no changes made")
-            .advise("choose another name")),
-        }
     }
 
     /// The domain `owner` of the same images, which was never registered and now gets a name.

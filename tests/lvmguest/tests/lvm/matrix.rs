@@ -332,6 +332,39 @@ fn mixed_volumes_are_one_domain() -> Result<()> {
     Ok(())
 }
 
+/// Clones are thin snapshots of the point: each a domain of its own, and none needs the source.
+fn clones_are_domains_of_their_own(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    let before = volumes()?;
+    if sort == Sort::Thick {
+        refused(&["clone", &path, "b", "web"], &["is no thin volume", "domsnap domain add"])?;
+        ensure!(volumes()? == before, "{:?}", volumes()?);
+        return Ok(());
+    }
+    done(&["clone", &path, "b", "web", "--count", "2"])?;
+    expect(&path, 0, b'd')?;
+    for clone in ["/dev/vg/web-1-vda", "/dev/vg/web-2-vda"] {
+        expect(clone, 0, b'b')?;
+        expect(clone, u64::from(b'a'), b'a')?;
+        expect(clone, u64::from(b'c'), 0)?;
+    }
+    refused(&["clone", &path, "a", "web-1"], &["there is a domain web-1 already"])?;
+    write_block("/dev/vg/web-1-vda", 0, b'w')?;
+    done(&["create", "web-1", "own"])?;
+    write_block("/dev/vg/web-1-vda", 0, b'x')?;
+    done(&["clone", "web-1", "own", "again"])?;
+    expect("/dev/vg/again-vda", 0, b'w')?;
+    done(&["revert", "web-1", "own"])?;
+    expect("/dev/vg/web-1-vda", 0, b'w')?;
+    done(&["delete", &path, "a", "b", "c"])?;
+    expect(&path, 0, b'd')?;
+    expect("/dev/vg/web-2-vda", 0, b'b')?;
+    done(&["delete", "web-1", "own"])?;
+    expect("/dev/vg/again-vda", 0, b'w')?;
+    ensure!(volumes()? == ["again-vda", "root", "web-1-vda", "web-2-vda"], "{:?}", volumes()?);
+    Ok(())
+}
+
 macro_rules! of_sort {
     ($sort:ident: $($name:literal => $body:ident),* $(,)?) => {
         &[$(($name, || $body(Sort::$sort))),*]
@@ -350,6 +383,7 @@ pub static THIN: &[TestCase] = of_sort!(Thin:
     "a snapshot that another program made is adopted" => a_snapshot_that_another_program_made_is_adopted,
     "a dry run prints the steps and does nothing" => a_dry_run_prints_the_steps_and_does_nothing,
     "a volume that is open is refused, with who has it" => a_volume_that_is_open_is_refused_with_who_has_it,
+    "clones are domains of their own" => clones_are_domains_of_their_own,
 );
 
 /// For thick volumes.
@@ -379,6 +413,7 @@ pub static THICK: &[TestCase] = &[
         a_volume_that_is_open_is_refused_with_who_has_it(Sort::Thick)
     }),
     ("a snapshot of a thick snapshot is refused", a_snapshot_of_a_thick_snapshot_is_refused),
+    ("a clone of a thick volume is refused", || clones_are_domains_of_their_own(Sort::Thick)),
 ];
 
 /// With a real udev, whose links come and go with devices.
