@@ -7,6 +7,7 @@
 //! | [`instant`] | the cut: all disks and the memory at one instant, with the guest running or paused |
 //! | [`memory`] | the memory image: one file, loaded in three ways, checked before use |
 //! | [`stream`] | a memory image taken apart, for many QEMUs that start from it |
+//! | [`clone`] | a further machine from one memory image: its command, and its start |
 //! | [`graph`] | the block graph: overlays, images reopened by name, chains swapped, disks detached |
 //! | [`jobs`] | commit and stream, with the pivot under the caller's control; what a crash left |
 //! | [`quiesce`] | the guest's file systems flushed and frozen, for a bounded time |
@@ -28,6 +29,7 @@
 //! if it lives, from QEMU.
 #![forbid(unsafe_code)]
 
+pub mod clone;
 pub mod discover;
 mod drain;
 mod error;

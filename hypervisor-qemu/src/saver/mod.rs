@@ -281,6 +281,9 @@ fn remove_image(file: &Path) -> crate::Result<()> {
     }
 }
 
+pub(crate) use fresh::generation_id as fresh_generation_id;
+pub(crate) use start::Spawned;
+
 /// Parses a machine that was recorded with a snapshot.
 fn recorded(record: &serde_json::Value) -> Result<Discovery> {
     serde_json::from_value(record.clone()).map_err(|error| {

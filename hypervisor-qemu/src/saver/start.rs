@@ -279,6 +279,54 @@ fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
     ids.filter(|id| !is_named(id)).map(str::to_owned).collect()
 }
 
+/// A QEMU that waits for its memory. Dropping it kills it.
+pub(crate) struct Spawned(Option<Started>);
+
+impl Spawned {
+    /// Starts a command that has `-incoming defer`, and waits until it answers at its QMP socket. No process
+    /// is left after an error.
+    pub(crate) async fn start(command: Vec<String>, socket: &Path) -> Result<(Self, Machine)> {
+        let recipe = Recipe {
+            program: None,
+            args: command,
+            environment: None,
+            directory: None,
+            cannot: None,
+            is_recorded: false,
+            is_fresh: true,
+        };
+        let mut started = Started::spawn(&recipe)
+            .map_err(|error| Error::new(ErrorKind::Io, format!("QEMU cannot be started: {error}")))?;
+        match started.answers(socket).await {
+            Ok(machine) => Ok((Self(Some(started)), machine)),
+            Err(error) => {
+                started.end();
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the end of its error output.
+    pub(crate) fn error_output(&self) -> String {
+        self.0.as_ref().map(Started::error_output).unwrap_or_default()
+    }
+
+    /// Leaves it running.
+    pub(crate) fn leave(mut self) {
+        if let Some(started) = self.0.take() {
+            started.leave();
+        }
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if let Some(started) = &mut self.0 {
+            started.end();
+        }
+    }
+}
+
 /// A QEMU that was started.
 struct Started {
     child: Option<Child>,
