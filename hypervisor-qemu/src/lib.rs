@@ -6,6 +6,8 @@
 //! | [`discover`] | the machine: disks and chains, processors, memory, process; what breaks a restore |
 //! | [`instant`] | the cut: all disks and the memory at one instant, with the guest running or paused |
 //! | [`memory`] | the memory image: one file, loaded in three ways, checked before use |
+//! | [`stream`] | a memory image taken apart, for many QEMUs that start from it |
+//! | [`clone`] | a further machine from one memory image: its command, and its start |
 //! | [`graph`] | the block graph: overlays, images reopened by name, chains swapped, disks detached |
 //! | [`jobs`] | commit and stream, with the pivot under the caller's control; what a crash left |
 //! | [`quiesce`] | the guest's file systems flushed and frozen, for a bounded time |
@@ -27,10 +29,13 @@
 //! if it lives, from QEMU.
 #![forbid(unsafe_code)]
 
+pub mod clone;
 pub mod discover;
 mod drain;
 mod error;
 mod fdset;
+mod gdb;
+mod generation_id;
 pub mod graph;
 mod guest_clock;
 pub mod instant;
@@ -44,6 +49,7 @@ pub mod quiesce;
 mod run_state;
 mod saver;
 mod server;
+pub mod stream;
 
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use guest_clock::set_guest_clock;

@@ -38,6 +38,10 @@ pub struct Abilities {
     pub block_graph: bool,
     /// A failed start from a memory image leaves the process alive, on request.
     pub exit_on_error: bool,
+    /// RAM is mapped from a file that QEMU opens for reading alone. False if an older domsnap recorded the
+    /// abilities.
+    #[serde(default)]
+    pub read_only_ram: bool,
 }
 
 impl Abilities {
@@ -56,6 +60,7 @@ impl Abilities {
             transaction: action("blockdev-snapshot") && action("blockdev-snapshot-internal-sync"),
             block_graph: schema.has_command("x-debug-query-block-graph"),
             exit_on_error: schema.has_argument("migrate-incoming", "exit-on-error"),
+            read_only_ram: schema.has_argument("object-add", "qom-type=memory-backend-file.rom"),
         }
     }
 

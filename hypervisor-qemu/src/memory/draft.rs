@@ -147,7 +147,7 @@ impl Draft {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         let wrapper = qcow2::wrapper(stream, tag, seconds)?;
-        let checksums = checksums(file, stream).map_err(failed)?;
+        let checksums = checksums(file, STREAM, stream).map_err(failed)?;
         let record = Record { stream, checksums, metadata: metadata.to_vec() };
 
         // 1) Tables and record, then make them durable together with the stream.

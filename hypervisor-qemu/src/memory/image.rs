@@ -18,6 +18,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     fdset::reopen_read_only,
     qcow2::{CLUSTER, RECORD, STREAM, wrapper},
+    stream::{self, BytesFrom},
 };
 
 /// First bytes of a stream of QEMU: its magic and version.
@@ -117,7 +118,7 @@ impl Image {
             }
         }
         expect_stream(&self.path, &self.file, self.record.stream)?;
-        let found = checksums(&self.file, self.record.stream).map_err(failed)?;
+        let found = checksums(&self.file, STREAM, self.record.stream).map_err(failed)?;
         let wrong = found.iter().zip(&self.record.checksums).position(|(found, expected)| found != expected);
         match wrong {
             None => Ok(()),
@@ -149,6 +150,16 @@ impl Image {
         &self.record.metadata
     }
 
+    /// Reads the places in the guest's memory that may have its generation ID: guest-physical addresses. The
+    /// guest decides in part which these are, so the caller must check what is there. Blocks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn generation_ids(&self) -> Result<Vec<u64>> {
+        stream::generation_ids(&self.file, STREAM, self.record.stream)
+            .map_err(|error| Error::io("reading a memory image", &self.path, error))
+    }
+
     /// Returns the file's length, in bytes.
     ///
     /// # Errors
@@ -176,29 +187,38 @@ impl Image {
     /// [`ErrorKind::Invalid`] if the path is not absolute or not UTF-8, or has a comma and QEMU must read the
     /// file itself.
     pub fn incoming(&self, abilities: &Abilities) -> Result<Incoming> {
-        let attempted = "naming a memory image for QEMU";
-        let invalid = |detail: &str| {
-            Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail)
-                .advise("give the memory image a name without it"))
-        };
         let own = match self.nameless {
             true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())),
             false => self.path.clone(),
         };
-        let Some(path) = own.to_str() else { return invalid("its path is not UTF-8") };
-        if !path.starts_with('/') {
-            return invalid("its path is not absolute");
-        }
-        if abilities.file_migration {
-            if path.contains(',') {
-                return invalid("its path has a comma");
-            }
-            return Ok(Incoming::File(format!("file:{path},offset={STREAM}")));
-        }
-        // `tail` counts bytes from 1.
-        let quoted = path.replace('\'', r"'\''");
-        Ok(Incoming::Command(format!("exec:tail -c +{} '{quoted}'", STREAM + 1)))
+        incoming_argument(&own, STREAM, abilities)
     }
+
+    /// Returns the stream, to be read once.
+    pub(crate) fn stream(&self) -> BytesFrom<'_> {
+        BytesFrom { file: &self.file, at: STREAM }
+    }
+}
+
+/// Returns the argument of `-incoming` for a stream that begins at `begin` of a file.
+pub(crate) fn incoming_argument(own: &Path, begin: u64, abilities: &Abilities) -> Result<Incoming> {
+    let invalid = |detail: &str| {
+        Err(Error::new(ErrorKind::Invalid, "naming a memory image for QEMU", own.display(), detail)
+            .advise("give the memory image a name without it"))
+    };
+    let Some(path) = own.to_str() else { return invalid("its path is not UTF-8") };
+    if !path.starts_with('/') {
+        return invalid("its path is not absolute");
+    }
+    if abilities.file_migration {
+        if path.contains(',') {
+            return invalid("its path has a comma");
+        }
+        return Ok(Incoming::File(format!("file:{path},offset={begin}")));
+    }
+    // `tail` counts bytes from 1.
+    let quoted = path.replace('\'', r"'\''");
+    Ok(Incoming::Command(format!("exec:tail -c +{} '{quoted}'", begin + 1)))
 }
 
 pub(super) fn damaged(attempted: &str, path: &Path, detail: String) -> Error {
@@ -235,9 +255,9 @@ pub(super) fn expect_stream(path: &Path, file: &File, stream: u64) -> Result<()>
     Ok(())
 }
 
-/// Computes the checksum of each part of a stream, in several threads.
-pub(super) fn checksums(file: &File, stream: u64) -> io::Result<Vec<u32>> {
-    let parts = usize::try_from(stream.div_ceil(PART)).map_err(io::Error::other)?;
+/// Computes the checksum of each part of `length` bytes of a file, in several threads.
+pub(crate) fn checksums(file: &File, begin: u64, length: u64) -> io::Result<Vec<u32>> {
+    let parts = usize::try_from(length.div_ceil(PART)).map_err(io::Error::other)?;
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let work = || -> io::Result<Vec<(usize, u32)>> {
         let (mut done, mut buffer) = (Vec::new(), vec![0; READ]);
@@ -247,12 +267,12 @@ pub(super) fn checksums(file: &File, stream: u64) -> io::Result<Vec<u32>> {
                 return Ok(done);
             }
             let mut at = part as u64 * PART;
-            let end = stream.min(at + PART);
+            let end = length.min(at + PART);
             let mut hasher = crc32fast::Hasher::new();
             while at < end {
                 let want = usize::try_from(end - at).unwrap_or(READ).min(READ);
                 let piece = buffer.get_mut(..want).ok_or_else(|| io::Error::other("no buffer"))?;
-                if let Err(error) = file.read_exact_at(piece, STREAM + at) {
+                if let Err(error) = file.read_exact_at(piece, begin + at) {
                     failed.store(true, Ordering::Relaxed);
                     return Err(error);
                 }

@@ -3,7 +3,8 @@
 use std::{
     fs::File,
     io::{Seek, SeekFrom},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -18,6 +19,7 @@ use crate::{
     migration,
     qcow2::STREAM,
     run_state::RunState,
+    stream::Split,
 };
 
 /// Loads a memory image into a QEMU that was started with `-incoming defer`. Without `-S` too, the guest runs
@@ -31,8 +33,27 @@ use crate::{
 /// that QEMU can only be ended then; [`ErrorKind::Lost`] if it has ended by itself, as older ones do when an
 /// image does not fit.
 pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Duration) -> Result<RunState> {
+    load(machine, (image.descriptor()?, STREAM), image.path(), deadline).await
+}
+
+/// Loads the devices of a memory image that was taken apart into a QEMU that was started with
+/// [`Split::arguments`] and `-incoming defer`. Otherwise as [`restore_deferred`].
+///
+/// # Errors
+/// Those of [`restore_deferred`].
+pub async fn restore_split(machine: &Machine, split: &Split, deadline: Duration) -> Result<RunState> {
+    load(machine, split.descriptor()?, split.devices(), deadline).await
+}
+
+/// Loads a stream that begins at an offset of a file.
+async fn load(
+    machine: &Machine,
+    (descriptor, begin): (OwnedFd, u64),
+    path: &Path,
+    deadline: Duration,
+) -> Result<RunState> {
     let attempted = "loading a memory image";
-    let subject = image.path().display().to_string();
+    let subject = path.display().to_string();
     let state = machine.run_state().await?;
     if state.word != "inmigrate" {
         let detail = format!("QEMU does not wait for one: it is in the run state {:?}", state.word);
@@ -40,7 +61,6 @@ pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Durati
             .advise("start QEMU with `-incoming defer`, or restore in place"));
     }
     let abilities = machine.abilities().await?;
-    let descriptor = image.descriptor()?;
     let mut arguments = json!({});
     if abilities.exit_on_error {
         arguments["exit-on-error"] = json!(false);
@@ -48,11 +68,11 @@ pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Durati
     let mut lent = None;
     if abilities.file_migration {
         let set = FdSet::add(machine, "memory", &[&descriptor]).await?;
-        arguments["uri"] = json!(format!("file:{},offset={STREAM}", set.path()));
+        arguments["uri"] = json!(format!("file:{},offset={begin}", set.path()));
         lent = Some(set);
     } else {
         let mut file = File::from(descriptor);
-        file.seek(SeekFrom::Start(STREAM)).map_err(|error| Error::io(attempted, image.path(), error))?;
+        file.seek(SeekFrom::Start(begin)).map_err(|error| Error::io(attempted, path, error))?;
         let name = "domsnap-memory";
         let given = machine.qmp().get_fd(name, file.as_fd()).await;
         given.map_err(|error| Error::qmp(attempted, &subject, error))?;

@@ -42,9 +42,10 @@ mod stored;
 
 pub use draft::Draft;
 pub use image::{Image, Incoming};
-pub use incoming::restore_deferred;
+pub(crate) use image::{checksums, incoming_argument};
+pub use incoming::{restore_deferred, restore_split};
 pub use packed::{Packed, Packing};
-pub(crate) use record::LONGEST_METADATA;
+pub(crate) use record::{LONGEST_METADATA, PART, Record};
 pub(crate) use restore::memory_file;
 pub use restore::{Restored, restore_in_place};
 pub(crate) use saved::save;

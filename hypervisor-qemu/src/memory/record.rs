@@ -13,21 +13,21 @@ const VERSION: u32 = 1;
 const HEAD: usize = 40;
 
 /// Bytes of the stream that share a checksum.
-pub(super) const PART: u64 = 16 << 20;
+pub(crate) const PART: u64 = 16 << 20;
 
 /// Longest metadata of the caller: with the checksums of the longest stream the record still fits its
 /// cluster.
 pub(crate) const LONGEST_METADATA: usize = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) stream: u64,
-    pub(super) checksums: Vec<u32>,
-    pub(super) metadata: Vec<u8>,
+pub(crate) struct Record {
+    pub(crate) stream: u64,
+    pub(crate) checksums: Vec<u32>,
+    pub(crate) metadata: Vec<u8>,
 }
 
 impl Record {
-    pub(super) fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + 4 * self.checksums.len() + self.metadata.len() + 4);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_be_bytes());
@@ -45,7 +45,7 @@ impl Record {
     }
 
     /// Parses a record; the error describes a damaged one.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, String> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
         let word = |at: usize| -> Option<u32> {
             Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
         };

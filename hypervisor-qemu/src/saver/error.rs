@@ -7,7 +7,7 @@ use snapcore::{Error, ErrorKind, Result};
 use crate::error::ErrorKind as Kind;
 
 /// Converts an error to the engine's. The error of a hook keeps its message.
-pub(super) fn to_engine(error: crate::Error) -> Error {
+pub(crate) fn to_engine(error: crate::Error) -> Error {
     let attempted = format!("{}, {}", error.attempted(), error.subject());
     let (detail, state) = (error.detail().to_owned(), error.state_now().map(str::to_owned));
     let advice = error.advice().map(str::to_owned);

@@ -30,6 +30,7 @@ use crate::{
     discover::{self, Abilities, BlockDevice, Discovery, ImageOptions, Process, compare},
     drain,
     fdset::refusal,
+    gdb,
     graph::{self, Graph, Node},
     guest_clock::set_guest_clock,
     instant::Saving,
@@ -454,6 +455,8 @@ impl LiveDomain for QemuDomain {
             graph::close_detached_chains(&self.machine).await.map_err(to_engine)?;
         }
         served::forget(self).await?;
+        // One that a process opened which was killed (`generation_id`).
+        gdb::close(&self.machine).await.map_err(to_engine)?;
         // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
         // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
         let is_closed = |disk: &Disk| disk.server.is_some() && disk.open_in(&graph).placeholder.is_some();

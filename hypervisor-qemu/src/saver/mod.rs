@@ -12,6 +12,7 @@
 //! | `preflight` | obstacles to a plan, found before it is begun |
 //! | `describe` | the description of a domain, and the part of it that is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
+//! | `fresh` | a fresh generation ID in the command that starts a QEMU |
 //! | `unpacked` | compressed memory images between their check and their use |
 //! | `secrets` | what is recorded of a process, and what of it is shown |
 //! | `address` | canonical addresses of monitors |
@@ -29,6 +30,7 @@ mod cut;
 mod describe;
 mod disk;
 mod error;
+mod fresh;
 mod live;
 mod mark;
 mod media;
@@ -67,7 +69,8 @@ use crate::{
     machine::Machine,
     memory::Draft,
 };
-use error::{blocking, to_engine};
+use error::blocking;
+pub(crate) use error::to_engine;
 use live::QemuDomain;
 use unpacked::Unpacked;
 
@@ -294,6 +297,9 @@ fn remove_image(file: &Path) -> crate::Result<()> {
         _ => Ok(()),
     }
 }
+
+pub(crate) use fresh::generation_id as fresh_generation_id;
+pub(crate) use start::Spawned;
 
 /// Parses a machine that was recorded with a snapshot.
 fn recorded(record: &serde_json::Value) -> Result<Discovery> {

@@ -62,7 +62,7 @@ pub(super) fn shown_record(record: &Value) -> Value {
 
 /// Returns an argument of a command line fit for display: the values of passwords and of secret objects are
 /// hidden.
-pub(super) fn shown_word(word: &str) -> String {
+pub(crate) fn shown_word(word: &str) -> String {
     if let Ok(mut object) = serde_json::from_str::<Value>(word)
         && object.is_object()
     {

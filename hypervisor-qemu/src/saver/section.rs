@@ -1,13 +1,16 @@
 //! A detached section: disks closed under a paused guest, and reopened.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
 use snapcore::hypervisor::{DomainContext, GuestChange, OpenChain, PowerAfter, StepOutcome};
 use snapcore::{Error, ErrorKind, Result, Target};
-use tokio::time::timeout;
+use tokio::{task::JoinHandle, time::timeout};
 
 use super::{
     cut::sweep,
@@ -19,6 +22,7 @@ use super::{
 };
 use crate::{
     discover::Process,
+    generation_id,
     graph::{self, Detached, Graph, Stack, remove_layers},
     jobs,
     machine::Machine,
@@ -269,7 +273,7 @@ pub(super) async fn finish(
     }
     // 1) Memory before the guest runs: its disks are those of the snapshot by now.
     if let Some(file) = memory {
-        load(live, file, context).await?;
+        facts.notes.extend(load(live, file, context).await?);
         facts.guest = Some(GuestChange::Restored);
     }
     if reset {
@@ -300,7 +304,8 @@ pub(super) async fn finish(
     Ok(facts)
 }
 
-async fn load(live: &QemuDomain, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
+/// Loads memory. Returns a note if the guest has no fresh generation ID, which ends nothing.
+async fn load(live: &QemuDomain, file: &Utf8Path, context: DomainContext<'_>) -> Result<Option<String>> {
     let image = live.unpacked.take(file).await?;
     let length = image.length().map_err(to_engine)?;
     let state = live.machine.run_state().await.map_err(to_engine)?;
@@ -310,9 +315,36 @@ async fn load(live: &QemuDomain, file: &Utf8Path, context: DomainContext<'_>) ->
         // the snapshot's.
         self::reset(&live.machine).await?;
     }
+    // The image is searched while QEMU reads it, because the guest waits.
+    let searched = Arc::clone(&image);
+    let places = tokio::task::spawn_blocking(move || searched.generation_ids());
     restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(to_engine)?;
     context.progress.bytes(length, length);
-    Ok(())
+    // Before the guest runs: QEMU's notification of it is pending since the memory was loaded.
+    Ok(fresh_generation_id(&live.machine, places).await)
+}
+
+/// Gives a guest whose memory was loaded a fresh generation ID; returns a note if that was not possible.
+async fn fresh_generation_id(
+    machine: &Machine,
+    places: JoinHandle<crate::Result<Vec<u64>>>,
+) -> Option<String> {
+    let begun = Instant::now();
+    let renewed = match places.await {
+        Ok(Ok(places)) => generation_id::renew(machine, &places).await,
+        Ok(Err(error)) => Err(error),
+        Err(error) => {
+            tracing::warn!(%error, "the memory image was not searched for a generation ID");
+            return None;
+        }
+    };
+    match renewed {
+        Ok(renewed) => {
+            tracing::debug!(renewed, took = ?begun.elapsed(), "generation ID");
+            None
+        }
+        Err(error) => Some(generation_id::note(&error)),
+    }
 }
 
 /// Resets the guest, and waits until it is done.

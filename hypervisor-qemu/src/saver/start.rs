@@ -5,6 +5,7 @@ use std::{
     os::unix::{fs::FileExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,7 @@ use super::{
     cut::MemoryMetadata,
     describe::DESCRIPTOR,
     error::{blocking, to_engine},
+    fresh,
     live::set_clock,
     media::put_back,
     reach, recorded,
@@ -25,6 +27,7 @@ use super::{
 };
 use crate::{
     discover::{Abilities, Discovery, Process, media},
+    generation_id,
     machine::Machine,
     memory::{Image, Stored, restore_in_place},
 };
@@ -53,6 +56,8 @@ struct Recipe {
     cannot: Option<String>,
     /// True if it is the recorded command, and not one that the user configured.
     is_recorded: bool,
+    /// True if the generation ID that it gives the guest is another one than at any start before.
+    is_fresh: bool,
 }
 
 impl Recipe {
@@ -126,8 +131,16 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     // changed.
     let has_media =
         record.as_ref().is_some_and(|record| record.drives.iter().any(|drive| drive.medium.is_some()));
+    // A command that domsnap cannot read, such as a script, may have a generation ID that is always the same.
+    let places = match recipe.is_fresh {
+        true => Vec::new(),
+        false => {
+            let image = Arc::clone(&image);
+            blocking(move || image.generation_ids()).await?
+        }
+    };
     let mut spawned = recipe.clone();
-    if has_media && runs == Some(true) {
+    if (has_media || !places.is_empty()) && runs == Some(true) {
         spawned.args.push("-S".to_owned());
     }
     let mut process = match Started::spawn(&spawned) {
@@ -157,10 +170,18 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
                 put_back(&machine, &differing).await?;
             }
         }
-        Ok::<_, Error>(machine)
+        let mut note = None;
+        if !places.is_empty() && !machine.run_state().await.map_err(to_engine)?.running {
+            note =
+                generation_id::renew(&machine, &places).await.err().map(|error| generation_id::note(&error));
+        }
+        Ok::<_, Error>((machine, note))
     };
     let machine = match loaded.await {
-        Ok(machine) => machine,
+        Ok((machine, note)) => {
+            facts.notes.extend(note);
+            machine
+        }
         Err(error) => {
             process.end();
             return Err(error.context(format!("starting domain {} from {file}", start.domain.name)));
@@ -201,6 +222,7 @@ fn recipe(
             directory: None,
             cannot: None,
             is_recorded: false,
+            is_fresh: false,
         },
         (true, Some(process)) if !process.command_line.is_empty() => {
             let own = rustix::process::geteuid().as_raw();
@@ -212,6 +234,7 @@ fn recipe(
                 directory: process.directory,
                 cannot,
                 is_recorded: true,
+                is_fresh: false,
             }
         }
         (true, _) => return Ok(None),
@@ -235,6 +258,7 @@ fn recipe(
     if runs == Some(false) {
         args.push("-S".to_owned());
     }
+    recipe.is_fresh = fresh::generation_id(&mut args);
     recipe.args = args;
     Ok(Some(recipe))
 }
@@ -253,6 +277,54 @@ fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
         })
     };
     ids.filter(|id| !is_named(id)).map(str::to_owned).collect()
+}
+
+/// A QEMU that waits for its memory. Dropping it kills it.
+pub(crate) struct Spawned(Option<Started>);
+
+impl Spawned {
+    /// Starts a command that has `-incoming defer`, and waits until it answers at its QMP socket. No process
+    /// is left after an error.
+    pub(crate) async fn start(command: Vec<String>, socket: &Path) -> Result<(Self, Machine)> {
+        let recipe = Recipe {
+            program: None,
+            args: command,
+            environment: None,
+            directory: None,
+            cannot: None,
+            is_recorded: false,
+            is_fresh: true,
+        };
+        let mut started = Started::spawn(&recipe)
+            .map_err(|error| Error::new(ErrorKind::Io, format!("QEMU cannot be started: {error}")))?;
+        match started.answers(socket).await {
+            Ok(machine) => Ok((Self(Some(started)), machine)),
+            Err(error) => {
+                started.end();
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the end of its error output.
+    pub(crate) fn error_output(&self) -> String {
+        self.0.as_ref().map(Started::error_output).unwrap_or_default()
+    }
+
+    /// Leaves it running.
+    pub(crate) fn leave(mut self) {
+        if let Some(started) = self.0.take() {
+            started.leave();
+        }
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if let Some(started) = &mut self.0 {
+            started.end();
+        }
+    }
 }
 
 /// A QEMU that was started.

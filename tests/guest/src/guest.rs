@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::{
     cache::Built,
     channel::{Channel, Status, field, number},
-    monitor,
+    generic, monitor,
     options::{GuestOptions, Vhd},
     process,
     qemu::{Qemu, targets},
@@ -73,6 +73,9 @@ impl Guest {
 
     pub(crate) fn start(options: GuestOptions) -> Result<Self> {
         let built = Built::get()?;
+        if options.generic {
+            generic::get(&built)?;
+        }
         let qemu = Qemu::find(options.version)?;
         // Before the guest's own directory is made: another guest may have to be booted for it.
         let state = match &options.kept {

@@ -36,6 +36,7 @@
 mod build;
 mod cache;
 mod channel;
+mod generic;
 mod guest;
 mod monitor;
 mod options;

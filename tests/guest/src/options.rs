@@ -61,6 +61,7 @@ pub struct GuestOptions {
     pub(crate) more: Vec<String>,
     pub(crate) files: Vec<(String, Vec<u8>)>,
     pub(crate) boot: bool,
+    pub(crate) generic: bool,
     pub(crate) kept: Option<PathBuf>,
     pub(crate) parent: Option<PathBuf>,
     pub(crate) deadline: Duration,
@@ -103,6 +104,7 @@ impl Default for GuestOptions {
             more: Vec::new(),
             files: Vec::new(),
             boot: false,
+            generic: false,
             kept: None,
             parent: None,
             deadline: Duration::from_secs(180),
@@ -243,6 +245,14 @@ impl GuestOptions {
     /// and for tests of what a boot itself does. It takes seconds.
     pub fn from_boot(mut self) -> Self {
         self.boot = true;
+        self
+    }
+
+    /// Runs Debian's generic kernel, which has drivers that the cloud kernel lacks: of the generation ID
+    /// (`-device vmgenid`), of balloons. It needs 192 MiB of memory.
+    pub fn generic_kernel(mut self) -> Self {
+        self.generic = true;
+        self.memory_mib = self.memory_mib.max(192);
         self
     }
 

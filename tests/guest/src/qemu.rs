@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use crate::{
-    build,
+    build, generic,
     options::{GuestOptions, Version, Vhd},
 };
 
@@ -104,8 +104,9 @@ impl Qemu {
         add(&["-name", &options.name, "-nodefaults", "-no-user-config", "-display", "none"]);
         add(&["-machine", &options.machine, "-accel", "tcg,thread=multi", "-cpu", &options.cpu]);
         add(&["-m", &memory_mib.to_string(), "-smp", &options.cpus.to_string()]);
-        add(&["-kernel", &build::kernel(built).to_string_lossy()]);
-        add(&["-initrd", &build::initrd(built).to_string_lossy()]);
+        let of = if options.generic { generic::place(built) } else { built.to_owned() };
+        add(&["-kernel", &build::kernel(&of).to_string_lossy()]);
+        add(&["-initrd", &build::initrd(&of).to_string_lossy()]);
         // Where other programs keep QEMU from its processors, the kernel's check of its timer fails, and it
         // waits for ever.
         let kernel = "console=ttyS0 quiet panic=-1 random.trust_cpu=on mitigations=off no_timer_check";
