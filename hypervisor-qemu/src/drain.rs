@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn sleeps_are_told_apart() {
+    fn sleeps_are_distinguished() {
         assert_eq!(sleep_of(&status("S (sleeping)", 7)), Some(7));
         assert_ne!(sleep_of(&status("S (sleeping)", 7)), sleep_of(&status("S (sleeping)", 8)));
         for state in ["R (running)", "D (disk sleep)"] {
@@ -325,8 +325,8 @@ mod tests {
         assert_eq!(sleep_of(""), None);
     }
 
-    /// A thread of this process that waits for a message sleeps in front of a futex, and never counts; one that
-    /// waits for bytes of a pipe does, as soon as it sleeps.
+    /// A thread of this process that waits for a message sleeps in front of a futex, and never counts; one
+    /// that waits for bytes of a pipe does, as soon as it sleeps.
     #[test]
     fn who_waits_for_a_lock_is_not_idle() {
         use std::io::Read;

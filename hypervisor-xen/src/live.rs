@@ -205,8 +205,8 @@ impl XenDomain {
         Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", self.name))
     }
 
-    /// Returns its line as it was when the connection was made. What depends on the domain's state looks again
-    /// when it is carried out ([`cut::take`], the sections): each question takes as long as a process of xl.
+    /// Returns its line as it was when the connection was made. What depends on the domain's state looks
+    /// again when it is carried out ([`cut::take`], the sections): each question is a process of xl.
     async fn row_of_connection(&self) -> Result<Option<Row>> {
         let known = self.known_row().clone();
         match known {

@@ -303,7 +303,7 @@ impl Program {
 /// The member of another hypervisor's record that has [`program_record`].
 pub(super) const PROGRAM: &str = "qemu";
 
-/// What of a machine's record tells the abilities of its QEMU, so that they need not be asked again.
+/// What of a machine's record shows the abilities of its QEMU, so that they need not be asked again.
 pub(super) fn program_record(record: &Value) -> Value {
     json!({
         "process": { "build": record["process"]["build"] },

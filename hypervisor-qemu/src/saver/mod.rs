@@ -104,7 +104,7 @@ impl Qemu {
         Self { disks_only: true, ..Self::default() }
     }
 
-    /// Adds to another hypervisor's `record` what tells the abilities of the QEMU that serves its disks. Who
+    /// Adds to another hypervisor's `record` what shows the abilities of the QEMU that serves its disks. Who
     /// connects with a domain that has such a record does not ask for them again: an answer of some 300 KiB.
     ///
     /// It must not be kept of a record that is not trusted: how memory is saved depends on it.
