@@ -211,7 +211,10 @@ fn moved_and_replaced_images_are_refused() -> Result<()> {
         let other = place.file(&format!("other.{format}"));
         let drive = format!("driver={format},file.driver=file,file.filename=DIR/{image},node-name=d0");
         let dir = place.dir.path().display().to_string();
-        let args = ["-blockdev", &drive.replace("DIR", &dir), "-device", "virtio-blk-pci,drive=d0,id=vda"];
+        // A file that QEMU only writes is no image that was moved.
+        let (drive, serial) = (drive.replace("DIR", &dir), format!("file:{dir}/console"));
+        let disk = ["-blockdev", &drive, "-device", "virtio-blk-pci,drive=d0,id=vda"];
+        let args = [&disk[..], &["-serial", &serial]].concat();
         let qemu = Idle::start(Version::New, place.dir.path(), format, &args)?;
         let (domsnap, address) = (place.domsnap(), qemu.address());
         let (path, away) = (place.file(image), place.file("away"));

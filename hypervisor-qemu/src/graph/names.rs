@@ -136,7 +136,8 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
         let lent = path.starts_with("/memfd:");
         let standard = matches!(entry.file_name().to_str(), Some("0" | "1" | "2"));
         let kind = about.file_type();
-        let may_be_image = !lent && !standard && (kind.is_file() || kind.is_block_device());
+        let may_be_image =
+            !lent && !standard && !is_only_written(&info) && (kind.is_file() || kind.is_block_device());
         let is_image = may_be_image && locks_nothing || !lent && info.lines().any(is_image_lock);
         let file = open.entry(file_identity(&about)).or_insert(OpenFile { path, is_image, may_be_image });
         file.is_image |= is_image;
@@ -151,6 +152,17 @@ pub(crate) fn is_of_xen(process: &Path) -> bool {
     line.split(|byte| *byte == 0).any(|word| word == b"-xen-domid")
 }
 
+/// Returns true if a file is open for writing alone, or for appending, by its `/proc/PID/fdinfo/N`: a log, or
+/// the file of a serial port. An image is read, too.
+fn is_only_written(info: &str) -> bool {
+    const O_ACCMODE: u32 = 0o3;
+    const O_WRONLY: u32 = 0o1;
+    const O_APPEND: u32 = 0o2000;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+    flags.is_some_and(|flags| flags & O_ACCMODE == O_WRONLY || flags & O_APPEND != 0)
+}
+
 /// Returns true if a line of `/proc/PID/fdinfo/N` is a lock by which QEMU processes detect each other: bytes
 /// from 100 on, and from 200 on.
 fn is_image_lock(line: &str) -> bool {
@@ -163,6 +175,19 @@ fn is_image_lock(line: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_that_are_only_written_are_no_images() {
+        let flags = |flags: &str| format!("pos:\t0\nflags:\t{flags}\nmnt_id:\t29\n");
+        // A log (O_WRONLY|O_APPEND), a serial port's file (O_WRONLY), one that is read and appended to.
+        for written in ["02102001", "0100001", "02002"] {
+            assert!(is_only_written(&flags(written)), "{written}");
+        }
+        // O_RDWR|O_CLOEXEC, O_RDONLY|O_CLOEXEC, O_RDWR|O_DIRECT; and what cannot be read.
+        for image in [flags("02100002"), flags("02100000"), flags("0140002"), String::new()] {
+            assert!(!is_only_written(&image), "{image}");
+        }
+    }
 
     #[test]
     fn a_lock_of_qemus_is_known_among_others() {
