@@ -493,6 +493,23 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
     Ok(())
 }
 
+/// Stops a guest that stopped by itself and runs again. QEMU gives it its own state back when the migration is
+/// cancelled, but forgets that state where its own stop for the migration came first.
+async fn keep_stopped(machine: &Machine, error: Error) -> Error {
+    let until = Instant::now() + Duration::from_millis(200);
+    while Instant::now() < until {
+        match machine.run_state().await {
+            Ok(state) if state.running => sleep(LOOK).await,
+            _ => return error,
+        }
+    }
+    let subject = machine.qmp().socket().display().to_string();
+    match machine.run("keeping the guest stopped", &subject, "stop", Value::Null).await {
+        Ok(_) => error.state("QEMU has forgotten why the guest stopped: it is paused"),
+        Err(second) => error.state(format!("the guest runs again ({second})")),
+    }
+}
+
 /// A copied memory of a running guest: QEMU has stopped the guest, and its migration waits.
 struct Copied {
     clock: Clock,
@@ -577,7 +594,8 @@ async fn copy(
     if undo.paused.is_none()
         && let Err(error) = ran_to_the_end(machine, &mut events, attempted).await
     {
-        return Err(undo.all(error).await);
+        let error = undo.all(error).await;
+        return Err(keep_stopped(machine, error).await);
     }
     let Undo { writing, paused, .. } = undo;
     Ok(writing.map(|writing| (writing, Copied { clock, paused })))
