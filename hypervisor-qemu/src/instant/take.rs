@@ -493,8 +493,8 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
     Ok(())
 }
 
-/// Stops a guest that stopped by itself and runs again. QEMU gives it its own state back when the migration is
-/// cancelled, but forgets that state where its own stop for the migration came first.
+/// Stops a guest that stopped by itself and runs again. QEMU gives it its own state back when the migration
+/// is cancelled, but forgets that state where its own stop for the migration came first.
 async fn keep_stopped(machine: &Machine, error: Error) -> Error {
     let until = Instant::now() + Duration::from_millis(200);
     while Instant::now() < until {
