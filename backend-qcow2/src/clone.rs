@@ -10,10 +10,10 @@
 
 use camino::Utf8Path;
 use image_files::chain::{ChainStep, CloneContent, Tag};
-use image_files::clones::{CloneFiles, SharedLayer, check_places, pins_of, require_room};
+use image_files::clones::{CloneFiles, SharedLayer, check_places, clone_plan, pins_of, require_room};
 use image_files::names;
-use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskState, Layer};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step, shown_size};
+use snapcore::backend::{CloneDisk, ClonePlan, DiskState, Layer};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, shown_size};
 
 use crate::backing_string::{backing_string, check_backing_string};
 use crate::image::{self, Backing, Image, NewImage, OpenOptions, RunLayer};
@@ -82,20 +82,7 @@ pub(crate) fn plan(
             .map_or(top.virtual_size, |point| point.virtual_size),
         _ => top.virtual_size,
     };
-    let (mut plan, mut disks) = (DiskPlan::default(), Vec::new());
-    for place in &request.clones {
-        let mut files = CloneFiles::new(place, target, record.disk.path())?;
-        files.pins.clone_from(&pins);
-        let mut made = files.record(target, record.disk.format.as_str(), request.active_path, request.stamp);
-        // A base elsewhere that the source may have in its chain.
-        made.owned.extend(
-            record
-                .owned
-                .iter()
-                .filter(|layer| is_in(&chain, layer) && layer.as_str().starts_with('/'))
-                .cloned(),
-        );
-        disks.push(made);
+    let make = |files: CloneFiles| {
         let what = match &content {
             CloneContent::Overlay { on, .. } => format!("make {} on {on}", files.image),
             CloneContent::CopyOfTag { tag, .. } => {
@@ -105,15 +92,17 @@ pub(crate) fn plan(
                 format!("copy all of {} into {}", request.point.layer, files.image)
             }
         };
-        let summary = format!("{what}, in {}", place.directory);
-        let step = ChainStep::Clone { files, content: content.clone(), virtual_size };
-        plan.prepare.push(Step::new(target.clone(), step, summary).bytes(bytes));
+        (ChainStep::Clone { files, content: content.clone(), virtual_size }, what)
+    };
+    let publish = |places| ChainStep::PublishClones { places };
+    let mut made = clone_plan(record, request, &pins, bytes, make, publish)?;
+    made.plan.notes = notes;
+    // A base elsewhere that the source may have in its chain.
+    let is_elsewhere = |layer: &&LayerName| is_in(&chain, layer) && layer.as_str().starts_with('/');
+    for disk in &mut made.disks {
+        disk.owned.extend(record.owned.iter().filter(is_elsewhere).cloned());
     }
-    let places = request.clones.clone();
-    let publish = ChainStep::PublishClones { places };
-    plan.cut.push(Step::new(target.clone(), publish, "give the directories of the clones their names"));
-    plan.notes = notes;
-    Ok(ClonePlan::new(plan, disks))
+    Ok(made)
 }
 
 /// The layers of the point's chain, from the top down.
@@ -175,10 +164,10 @@ fn visible_bytes(record: &DiskRecord, chain: &[&Layer], tag: Option<&Tag>) -> Re
     Ok(image::visible_bytes(run_of(record, chain, tag)?)?.into_iter().fold(0, u64::saturating_add))
 }
 
-/// A chain as the run that a merge reads: from the bottom up.
+/// A chain as the run that a merge reads.
 fn run_of(record: &DiskRecord, chain: &[&Layer], tag: Option<&Tag>) -> Result<Vec<RunLayer>> {
-    let mut run = Vec::new();
-    for (number, layer) in chain.iter().enumerate() {
+    let mut images = Vec::new();
+    for layer in chain {
         if layer.format != "qcow2" {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -194,9 +183,18 @@ fn run_of(record: &DiskRecord, chain: &[&Layer], tag: Option<&Tag>) -> Result<Ve
         }
         let image = Image::open(layer.path().as_std_path(), &OpenOptions::read_only().unlocked())?;
         image.require_plain_data()?;
+        images.push(image);
+    }
+    run_of_images(&images, tag)
+}
+
+/// Images, the top first, as the run that a merge reads: from the bottom up. With a tag, the top shows that.
+fn run_of_images(images: &[Image], tag: Option<&Tag>) -> Result<Vec<RunLayer>> {
+    let mut run = Vec::new();
+    for (number, image) in images.iter().enumerate() {
         run.push(match tag.filter(|_| number == 0) {
-            Some(tag) => RunLayer::snapshot(&image, image.require_snapshot(&tag.name)?)?,
-            None => RunLayer::active(&image)?,
+            Some(tag) => RunLayer::snapshot(image, image.require_snapshot(&tag.name)?)?,
+            None => RunLayer::active(image)?,
         });
     }
     run.reverse();
@@ -283,17 +281,10 @@ impl StepRunner<'_> {
             }
             layers.push(image);
         }
-        let mut run = Vec::new();
-        for (number, image) in layers.iter().enumerate() {
-            run.push(match tag.filter(|_| number == 0) {
-                Some(tag) => {
-                    require_tag(image, source_path(image), tag)?;
-                    RunLayer::snapshot(image, image.require_snapshot(&tag.name)?)?
-                }
-                None => RunLayer::active(image)?,
-            });
+        if let (Some(tag), Some(top)) = (tag, layers.first()) {
+            require_tag(top, source_path(top), tag)?;
         }
-        run.reverse();
+        let run = run_of_images(&layers, tag)?;
         let (Some(top), Some(size)) = (layers.first(), run.last().map(RunLayer::size)) else { return Ok(()) };
         let file = files.unfinished_image();
         let new = NewImage::new(size).like(top.header());

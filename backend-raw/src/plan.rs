@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use backend_qcow2::freeze_under;
 use camino::Utf8Path;
-use image_files::clones::{CloneFiles, check_places, require_room};
+use image_files::clones::{CloneFiles, check_places, clone_plan, require_room};
 use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
 use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskRequest, DiskState, InstantPlan, Layer};
@@ -76,27 +76,24 @@ pub(crate) fn clones(
     // What the disk has reserved, a clone has too.
     let reserve = is_reserved(point.path());
     require_room(target, &request.clones, if reserve { point.virtual_size.max(bytes) } else { bytes })?;
-    let (mut plan, mut disks) = (DiskPlan::default(), Vec::new());
-    if bytes > 0 && !request.full {
-        plan.notes.push(format!(
-            "{target}: the file system shares no blocks between files there: {} are copied for each clone",
-            shown_size(bytes)
-        ));
-    }
-    for place in &request.clones {
-        let files = CloneFiles::new(place, target, record.disk.path())?;
-        disks.push(files.record(target, &record.disk.format, ActivePath::New, request.stamp));
+    // A layer of a raw disk has no name besides the disk's.
+    let request = request.clone().active_path(ActivePath::New);
+    let make = |files: CloneFiles| {
         let what = match method {
             CopyMethod::Reflink => format!("make {} as a reflink of {layer}", files.image),
             CopyMethod::Copy => format!("copy {layer} into {}", files.image),
         };
-        let step = RawStep::Clone { files, from: layer.clone(), method, reserve };
-        let step = Step::new(target.clone(), step, format!("{what}, in {}", place.directory));
-        plan.prepare.push(step.bytes(bytes));
+        (RawStep::Clone { files, from: layer.clone(), method, reserve }, what)
+    };
+    let publish = |places| RawStep::PublishClones { places };
+    let mut made = clone_plan(record, &request, &[], bytes, make, publish)?;
+    if bytes > 0 && !request.full {
+        made.plan.notes.push(format!(
+            "{target}: the file system shares no blocks between files there: {} are copied for each clone",
+            shown_size(bytes)
+        ));
     }
-    let publish = RawStep::PublishClones { places: request.clones.clone() };
-    plan.cut.push(Step::new(target.clone(), publish, "give the directories of the clones their names"));
-    Ok(ClonePlan::new(plan, disks))
+    Ok(made)
 }
 
 struct Planner<'a> {

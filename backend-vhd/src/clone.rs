@@ -2,10 +2,10 @@
 
 use camino::Utf8Path;
 use image_files::chain::{ChainStep, CloneContent};
-use image_files::clones::{CloneFiles, SharedLayer, check_places, pins_of, require_room};
+use image_files::clones::{CloneFiles, SharedLayer, check_places, clone_plan, pins_of, require_room};
 use image_files::names;
-use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskState, Layer};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
+use snapcore::backend::{CloneDisk, ClonePlan, DiskState, Layer};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result};
 
 use crate::image::{self, Chain, ChainOptions, Materialised, Moving, NewImage, SECTOR};
 use crate::layers::{Limits, file_of};
@@ -44,23 +44,17 @@ pub(crate) fn plan(
         }
         (false, None) | (true, _) => CloneContent::CopyOfAll { from: top.name.clone(), tag: None },
     };
-    let (mut plan, mut disks) = (DiskPlan::default(), Vec::new());
-    for place in &request.clones {
-        let mut files = CloneFiles::new(place, target, record.disk.path())?;
-        files.pins.clone_from(&pins);
-        disks.push(files.record(target, &record.disk.format, request.active_path, request.stamp));
+    let make = |files: CloneFiles| {
         let what = match &content {
             CloneContent::Overlay { on, .. } => format!("make {} as a child of {on}", files.image),
             _ => format!("copy all of {} into {}", top.name, files.image),
         };
-        let summary = format!("{what}, in {}", place.directory);
-        let step = ChainStep::Clone { files, content: content.clone(), virtual_size: top.virtual_size };
-        plan.prepare.push(Step::new(target.clone(), step, summary).bytes(bytes));
-    }
-    let publish = ChainStep::PublishClones { places: request.clones.clone() };
-    plan.cut.push(Step::new(target.clone(), publish, "give the directories of the clones their names"));
-    plan.notes = notes;
-    Ok(ClonePlan::new(plan, disks))
+        (ChainStep::Clone { files, content: content.clone(), virtual_size: top.virtual_size }, what)
+    };
+    let publish = |places| ChainStep::PublishClones { places };
+    let mut made = clone_plan(record, request, &pins, bytes, make, publish)?;
+    made.plan.notes = notes;
+    Ok(made)
 }
 
 /// The layers of a chain, each with the name by which the one above finds it: a parent in another directory

@@ -18,9 +18,10 @@ use std::os::unix::fs::{MetadataExt, fchown};
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Directory, FileName};
 use serde::{Deserialize, Serialize};
-use snapcore::backend::{ClonePlace, FileUses, StepStatus};
+use snapcore::backend::{CloneDisk, ClonePlace, ClonePlan, DiskPlan, FileUses, StepStatus};
 use snapcore::{
-    ActivePath, Disk, DiskRecord, Error, ErrorKind, LayerName, Result, Target, shell_command, shown_size,
+    ActivePath, Disk, DiskRecord, Error, ErrorKind, LayerName, Result, Step, Target, shell_command,
+    shown_size,
 };
 
 use crate::is_held_by_others;
@@ -304,6 +305,34 @@ pub fn check_places(places: &[ClonePlace], source: &Utf8Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The plan of clones: the image of each, and then the names of their directories. `bytes` are copied for
+/// each image; `make` returns the action that makes one, and what it does, for people.
+///
+/// # Errors
+/// Those of [`CloneFiles::new`].
+pub fn clone_plan<A>(
+    source: &DiskRecord,
+    request: &CloneDisk,
+    pins: &[Utf8PathBuf],
+    bytes: u64,
+    make: impl Fn(CloneFiles) -> (A, String),
+    publish: impl FnOnce(Vec<ClonePlace>) -> A,
+) -> Result<ClonePlan<A>> {
+    let Disk { target, format, .. } = &source.disk;
+    let (mut plan, mut disks) = (DiskPlan::default(), Vec::new());
+    for place in &request.clones {
+        let mut files = CloneFiles::new(place, target, source.disk.path())?;
+        files.pins = pins.to_vec();
+        disks.push(files.record(target, format.as_str(), request.active_path, request.stamp));
+        let (action, what) = make(files);
+        let step = Step::new(target.clone(), action, format!("{what}, in {}", place.directory));
+        plan.prepare.push(step.bytes(bytes));
+    }
+    let publish = publish(request.clones.clone());
+    plan.cut.push(Step::new(target.clone(), publish, "give the directories of the clones their names"));
+    Ok(ClonePlan::new(plan, disks))
 }
 
 /// Refuses clones that need more room than their directory has.

@@ -257,9 +257,9 @@ fn files_are_made_and_verified() {
     split.verify().expect("right");
     assert_eq!(fs::read_dir(dir.path()).expect("read").count(), 3, "files are left");
 
-    for taken in [&ram, &devices] {
+    for existing in [&ram, &devices] {
         let other = dir.path().join("other");
-        let (ram, devices) = if taken == &ram { (taken, &other) } else { (&other, taken) };
+        let (ram, devices) = if existing == &ram { (existing, &other) } else { (&other, existing) };
         let error = Split::make(&image, WANTED, ram, devices).expect_err("the file exists");
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(!other.exists());

@@ -10,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Locked, Operator, outcome_of};
 use crate::catalogue::Lease;
-use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::request::Request;
@@ -24,19 +23,7 @@ impl Operator {
         request: Request,
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
-        let mut recovered = Vec::new();
-        if locked.located.catalogued {
-            self.authority.require(&locked.manifests, &locked.located.entry).await?;
-            // An interrupted operation may remove the snapshot, or merge one of its layers.
-            let name = locked.located.entry.domain.name.clone();
-            if !self.records.unfinished(&name).await?.is_empty() {
-                let mut live = self.locator.connect(&locked.located.entry.domain).await?;
-                recovered = self.recover_entry(&mut locked, &mut live, cancel).await?;
-            }
-        }
-        if let Some(error) = locked.located.unconfirmed.take() {
-            return Err(error);
-        }
+        let recovered = self.recover_unfinished(&mut locked, cancel).await?;
         let _names = self.reserve_names(&request, cancel).await?;
         let entry = &locked.located.entry;
         let plan = self.planning.plan_for(entry, None, &request).await?;
@@ -44,20 +31,8 @@ impl Operator {
         let shown = Box::new(plan.clone());
         self.events.report(Event::Planned { domain: entry.domain.name.clone(), plan: shown });
         let prologue = self.record(&mut locked, &request).await?;
-        let engine = Engine {
-            catalogue: self.ledger.catalogue(),
-            registry: &self.registry,
-            events: &self.events,
-            manifests: &locked.manifests,
-            live: None,
-            watched: None,
-        };
-        let entry = &mut locked.located.entry;
-        let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
-            let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
-            error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
-        })?;
-        let mut outcome = outcome_of(entry, None, plan, run);
+        let run = self.run_plan(&mut locked, None, None, &plan, prologue, cancel).await?;
+        let mut outcome = outcome_of(&locked.located.entry, None, plan, run);
         outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
         outcome.recovered = recovered;
         Ok(outcome)

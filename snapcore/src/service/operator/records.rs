@@ -4,11 +4,10 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::{Locked, Operator, outcome_of};
-use crate::engine::Engine;
 use crate::error::Result;
 use crate::event::Event;
 use crate::request::Request;
-use crate::service::Outcome;
+use crate::service::{Outcome, RecoveryReport};
 use crate::snapshot::SnapshotRole;
 
 impl Operator {
@@ -20,19 +19,7 @@ impl Operator {
         request: Request,
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
-        let mut recovered = Vec::new();
-        if locked.located.catalogued {
-            self.authority.require(&locked.manifests, &locked.located.entry).await?;
-            // An interrupted operation may add a snapshot of this name, or remove the one that is meant.
-            let name = locked.located.entry.domain.name.clone();
-            if !self.records.unfinished(&name).await?.is_empty() {
-                let mut live = self.locator.connect(&locked.located.entry.domain).await?;
-                recovered = self.recover_entry(&mut locked, &mut live, cancel).await?;
-            }
-        }
-        if let Some(error) = locked.located.unconfirmed.take() {
-            return Err(error);
-        }
+        let recovered = self.recover_unfinished(&mut locked, cancel).await?;
         let entry = &locked.located.entry;
         let plan = crate::plan::records_only(&entry.domain, &entry.tree, &request, Timestamp::now())?;
         let shown = Box::new(plan.clone());
@@ -42,25 +29,37 @@ impl Operator {
         // that they are out of date.
         let prologue =
             if plan.commit.is_empty() { Vec::new() } else { self.record(&mut locked, &request).await? };
-        let engine = Engine {
-            catalogue: self.ledger.catalogue(),
-            registry: &self.registry,
-            events: &self.events,
-            manifests: &locked.manifests,
-            live: None,
-            watched: None,
-        };
-        let entry = &mut locked.located.entry;
-        let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
-            let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
-            error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
-        })?;
+        let run = self.run_plan(&mut locked, None, None, &plan, prologue, cancel).await?;
+        let entry = &locked.located.entry;
         let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
         let mut outcome = outcome_of(entry, saver.as_deref(), plan, run);
         self.remove_due(&mut locked, &mut outcome, cancel).await;
         outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
         outcome.recovered = recovered;
         Ok(outcome)
+    }
+
+    /// Recovers a domain for a request that needs no disk of it: the domain is connected to only if an
+    /// operation was interrupted. That operation may add a snapshot of the name that is meant, remove the one
+    /// that has it, or merge one of its layers.
+    pub(super) async fn recover_unfinished(
+        &self,
+        locked: &mut Locked,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let mut recovered = Vec::new();
+        if locked.located.catalogued {
+            self.authority.require(&locked.manifests, &locked.located.entry).await?;
+            let name = locked.located.entry.domain.name.clone();
+            if !self.records.unfinished(&name).await?.is_empty() {
+                let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+                recovered = self.recover_entry(locked, &mut live, cancel).await?;
+            }
+        }
+        match locked.located.unconfirmed.take() {
+            Some(error) => Err(error),
+            None => Ok(recovered),
+        }
     }
 
     /// Removes states that are not needed any more: earlier previous states, and snapshots whose last hold

@@ -36,21 +36,35 @@ impl Operator {
         // catalogue's own, also to a recovery.
         let prologue = if has_work { self.record(locked, request).await? } else { Vec::new() };
         self.ledger.record_neighbours().await;
+        let mut run = self.run_plan(locked, live, Some(&watched), &plan, prologue, cancel).await?;
+        self.follow_moved_disk(locked, &mut run.warnings).await;
+        Ok((plan, run))
+    }
+
+    /// Carries a plan out, with what must be recorded in one transaction with its beginning. An error names
+    /// the operation.
+    pub(super) async fn run_plan(
+        &self,
+        locked: &mut Locked,
+        live: Option<&Live>,
+        watched: Option<&Watched>,
+        plan: &Plan,
+        prologue: Vec<Change>,
+        cancel: &CancellationToken,
+    ) -> Result<Run> {
         let engine = Engine {
             catalogue: self.ledger.catalogue(),
             registry: &self.registry,
             events: &self.events,
             manifests: &locked.manifests,
             live: live.map(|live| &**live),
-            watched: Some(&watched),
+            watched: watched.map(|watched| watched as _),
         };
         let entry = &mut locked.located.entry;
-        let mut run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
+        engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
             let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
             error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
-        })?;
-        self.follow_moved_disk(locked, &mut run.warnings).await;
-        Ok((plan, run))
+        })
     }
 
     /// Locks the images of a domain's disks, and refuses those that another process has open.
