@@ -54,24 +54,9 @@ fn make(built: &Built, dir: &Path) -> Result<()> {
 
     let modules = work.path().join("lib/modules").join(release);
     // An ext4 that is a module needs three others, and each its own order.
-    let wanted = [
-        "virtio_ring",
-        "virtio",
-        "virtio_pci_modern_dev",
-        "virtio_pci_legacy_dev",
-        "virtio_pci",
-        "virtio_blk",
-        "virtio_console",
-        "virtio_balloon",
-        "crc16",
-        "mbcache",
-        "jbd2",
-        "crc32c_generic",
-        "libcrc32c",
-        "ext4",
-    ];
+    let more = ["virtio_balloon", "crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"];
     let (mut archive, mut order) = (Archive::new(), String::new());
-    for name in wanted {
+    for name in build::MODULES.into_iter().chain(more) {
         let files = [format!("{name}.ko"), format!("{}.ko", name.replace('_', "-"))];
         // What is no module is built in, or this kernel does not split it off.
         let Some(path) = find(&modules, &files)? else { continue };

@@ -41,7 +41,7 @@ const INIT: &str = include_str!("../../src-guest/init");
 const SHUTDOWN: &str = include_str!("../../src-guest/shutdown");
 
 /// In the order in which they load.
-const MODULES: [&str; 7] = [
+pub(crate) const MODULES: [&str; 7] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
