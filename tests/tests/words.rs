@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::domsnap::{Domsnap, binary, status};
 use domsnap_tests::qemu;
 use serde_json::Value;
 
@@ -485,5 +485,17 @@ fn disk_server_of_xen_is_refused() -> Result<()> {
     place.refuses(&["domain", "add", "disks", "--at", &at], &why)?;
     let scan = place.json(&["domain", "scan"])?;
     ensure!(!scan.to_string().contains(&place.text("m.qmp")), "it is offered as a domain: {scan}");
+    Ok(())
+}
+
+/// What the README promises of `make demo`, as far as no guest is needed: it compares every content itself,
+/// and nothing is left at its end.
+#[test]
+fn demo_of_the_readme_ends_well() -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/demo");
+    let output = Command::new(script).env("DOMSNAP_BIN", binary()).env_remove("DOMSNAP_UNDO").output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(said.contains("done: 8 contents proven by checksum"), "{said}");
     Ok(())
 }
