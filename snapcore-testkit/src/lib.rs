@@ -35,7 +35,7 @@
 //! |---|---|
 //! | `TESTKIT_SEED` | the seed of the random test cases and of samples; 1 |
 //! | `TESTKIT_OPERATIONS` | operations of a random history; 24 |
-//! | `TESTKIT_EVERY` | of pairs of a crash and a crash in its recovery, and of comparisons of every snapshot after a crash, one of so many is done; 4. Set 1 before you trust a backend |
+//! | `TESTKIT_EVERY` | of pairs of a crash and a crash in its recovery, and of comparisons of every snapshot after a crash, one of so many is done; 6. Set 1 before you trust a backend |
 //!
 //! **Crashes.** Most are made in this process: the operation stops for ever at a call to the backend or to
 //! the catalogue, before or after its effect, and all of it is dropped. The next "process" has a new backend,

@@ -214,12 +214,19 @@ pub fn kill_and_write_everywhere(scenario: Scenario) -> Result<()> {
 /// Whether a death just before this operation can leave something else than a death before the one before it.
 /// Not so behind a flush, which changes nothing that outlives a process but not the power; nor between the
 /// frames of one transaction in SQLite's log, none of which count before the last. With
-/// `DOMSNAP_KILL_EVERY=1` all are tried.
+/// `DOMSNAP_KILL_EVERY=1` all are tried. Of those after which a temporary file alone has less in it than at
+/// the next, one of 4 is.
 pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
-    let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
     let Some(before) = index.checked_sub(1) else { return true };
-    let same = operations[before].line.starts_with("flush ") || (log(before) && log(index) && log(index + 1));
-    !same
+    let temporary = |index: usize| operations[index].is_within_a_temporary();
+    let same = operations[before].line.starts_with("flush ") || is_within_a_transaction(operations, index);
+    !same && (!(temporary(before) && temporary(index)) || index % 4 == 0)
+}
+
+/// Whether it is a frame of a transaction in SQLite's log, with others on both sides of it.
+fn is_within_a_transaction(operations: &[shim::Counted], index: usize) -> bool {
+    let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
+    index > 0 && log(index - 1) && log(index) && log(index + 1)
 }
 
 fn kill(scenario: Scenario, write: bool) -> Result<()> {
@@ -229,8 +236,12 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         let distinguished = |index: &usize| every || is_distinguished(&operations, *index);
         let instants =
             (0..operations.len()).filter(distinguished).map(|index| (operations[index].number, false));
-        // What is half written in SQLite's log fails its checksum: the same as not written.
-        let torn = operations.iter().filter(|o| !write && o.can_tear() && (every || !o.is_of_the_log()));
+        // What is half written in SQLite's log fails its checksum: the same as not written. A temporary file
+        // with half of a write is one with less in it, as above.
+        let torn = operations.iter().filter(|o| {
+            let is_own = !o.is_of_the_log() && (!o.is_within_a_temporary() || o.number % 4 == 0);
+            !write && o.can_tear() && (every || is_own)
+        });
         let instants: Vec<_> = instants.chain(torn.map(|o| (o.number, true))).collect();
         Ok((instants.len(), instants))
     };
@@ -292,13 +303,13 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
 }
 
 /// The power goes at each instant, with seeded losses. `DOMSNAP_POWER_SEED` moves the seeds,
-/// `DOMSNAP_POWER_CASES` says how many there are.
+/// `DOMSNAP_POWER_CASES` says how many there are, by default 60.
 ///
 /// # Errors
 /// The first case that does not heal, with its instant and seed.
 pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
     let base = seed::from_env("DOMSNAP_POWER_SEED", 1);
-    let cases = seed::from_env("DOMSNAP_POWER_CASES", 120) as usize;
+    let cases = seed::from_env("DOMSNAP_POWER_CASES", 60) as usize;
     let record = |bench: &mut Bench| {
         // The copy that comes back has other inodes than the one that is recorded: so this is read first.
         let baseline = Baseline::read(&bench.domain.root().canonicalize()?)?;
@@ -351,9 +362,19 @@ fn describe(record: &Record, records: &[Record]) -> String {
 /// # Errors
 /// The first operation whose failure does harm.
 pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) -> Result<()> {
-    let count = |bench: &mut Bench| survey(bench).map(|operations| (operations.len(), operations));
-    let fail = |bench: &mut Bench, operations: &Vec<shim::Counted>, index: usize| {
-        let number = operations[index].number;
+    let count = |bench: &mut Bench| {
+        let operations = survey(bench)?;
+        // SQLite is told of each of its frames alike. Where space alone is missing, what needs none goes on.
+        let needs_space = |line: &str| !line.starts_with("unlink ") && !line.starts_with("flush ");
+        let is_own = |index: &usize| {
+            !is_within_a_transaction(&operations, *index)
+                && (often == Often::Once || needs_space(&operations[*index].line))
+        };
+        let instants: Vec<_> = (0..operations.len()).filter(is_own).map(|at| operations[at].number).collect();
+        Ok((instants.len(), (operations.clone(), instants)))
+    };
+    let fail = |bench: &mut Bench, (operations, instants): &(Vec<shim::Counted>, Vec<u64>), index: usize| {
+        let number = instants[index];
         bench.domain.restore_from(&bench.copy)?;
         let domsnap = shim::watching(bench.domain.domsnap(), bench.domain.root())?;
         let outcome = shim::failing(domsnap, number, errno, often).run(&bench.args())?;

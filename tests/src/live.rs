@@ -6,12 +6,14 @@ pub mod crash;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use serde::Deserialize;
 use testguest::{Guest, GuestOptions};
 
@@ -152,8 +154,8 @@ impl Live {
     /// # Errors
     /// If the guest does not answer.
     pub fn load(&self) -> Result<()> {
-        self.guest.dirty(16, 40.0)?;
-        self.guest.blocks(64, 60.0)?;
+        self.guest.dirty(16, 20.0)?;
+        self.guest.blocks(64, 20.0)?;
         self.guest.wait_ticks(5)
     }
 
@@ -441,7 +443,7 @@ fn checksum(point: &Point) -> Result<u64> {
             point.layer.display(),
             String::from_utf8_lossy(&output.stderr)
         );
-        return Ok(sum(&output.stdout));
+        return Ok(sum(0, &output.stdout) ^ output.stdout.len() as u64);
     }
     let raw = tempfile::NamedTempFile::new()?;
     let format = qemu::format(&point.layer);
@@ -466,14 +468,43 @@ fn checksum(point: &Point) -> Result<u64> {
         point.layer.display(),
         String::from_utf8_lossy(&output.stderr)
     );
-    Ok(sum(&fs::read(raw.path())?))
+    sum_of_file(raw.as_file())
 }
 
-fn sum(bytes: &[u8]) -> u64 {
+/// The checksum of all of a file, of which only what is no hole is read.
+fn sum_of_file(file: &fs::File) -> Result<u64> {
+    let length = file.metadata()?.len();
+    let (mut sum_so_far, mut at) = (0_u64, 0);
+    let mut bytes = Vec::new();
+    while at < length {
+        let from = match seek(file, SeekFrom::Data(at)) {
+            Ok(from) => from / BLOCK as u64 * BLOCK as u64,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let to = seek(file, SeekFrom::Hole(from))?.next_multiple_of(BLOCK as u64).min(length);
+        bytes.resize(usize::try_from(to - from)?, 0);
+        file.read_exact_at(&mut bytes, from)?;
+        sum_so_far = sum_so_far.wrapping_add(sum(from, &bytes));
+        at = to;
+    }
+    Ok(sum_so_far ^ length)
+}
+
+/// What of a disk is looked at as one.
+const BLOCK: usize = 4096;
+
+/// A checksum of what is at `place` of a disk, which zeros do not change: a hole and written zeros are the same.
+fn sum(place: u64, bytes: &[u8]) -> u64 {
+    let blocks = bytes.chunks(BLOCK).zip((place..).step_by(BLOCK));
+    let written = blocks.filter(|(block, _)| block.iter().any(|byte| *byte != 0));
     // FNV-1a over integers: a difference, not an adversary, is to be found.
-    bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64, |sum, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let of_block = |(block, place): (&[u8], u64)| {
+        block.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64 ^ place, |sum, chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
+    };
+    written.map(of_block).fold(0, u64::wrapping_add)
 }

@@ -55,6 +55,15 @@ impl Counted {
                 && !self.line.contains(".domsnap/domain.json"))
     }
 
+    /// Whether all that it changes is what a temporary file has in it, or whether that is there.
+    pub fn is_within_a_temporary(&self) -> bool {
+        let mut words = self.line.split(' ');
+        let kind = words.next().unwrap_or_default();
+        let path = words.next().unwrap_or_default();
+        !["rename", "link"].contains(&kind)
+            && [".domsnap-new", ".domsnap-switch", ".json.tmp", ".part"].iter().any(|end| path.ends_with(end))
+    }
+
     /// Whether it is a write to SQLite's log.
     pub fn is_of_the_log(&self) -> bool {
         self.line.starts_with("write ") && self.line.contains("-wal at ")

@@ -14,6 +14,7 @@ use domsnap_tests::live::crash::{
     Operation, Victim, inject, kill_qemu, nothing, start_qemu, there, without_x,
 };
 use domsnap_tests::live::{Live, NAME};
+use domsnap_tests::seed::from_env;
 use testguest::GuestOptions;
 
 /// A tree: `outside` and `disks` are external, `inside` is internal, each with memory but `disks`.
@@ -70,12 +71,17 @@ const DELETE_ACTIVE: Operation =
 const DELETE_FROZEN: Operation =
     Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
 
+/// Of the steps that a test names, one of so many is struck.
+fn strides() -> Result<usize> {
+    Ok(usize::try_from(from_env("DOMSNAP_LIVE_EVERY", 3))?.max(1))
+}
+
 macro_rules! killed {
     ($($test:ident: $operation:ident, $victim:ident, $first:literal, $every:literal;)*) => {$(
         #[test]
         fn $test() -> Result<()> {
             let mut live = tree()?;
-            inject(&mut live, &$operation, Victim::$victim, $first, $every)?;
+            inject(&mut live, &$operation, Victim::$victim, $first, $every * strides()?)?;
             live.finish()
         }
     )*};

@@ -89,10 +89,10 @@ pub(crate) fn all() -> impl Iterator<Item = TestCase> {
         .chain(random::CASES)
 }
 
-/// Returns true for one of `TESTKIT_EVERY` numbers, by default 4; 1 is all of them. `TESTKIT_SEED` chooses
+/// Returns true for one of `TESTKIT_EVERY` numbers, by default 6; 1 is all of them. `TESTKIT_SEED` chooses
 /// which.
 fn is_sampled(number: u64) -> Result<bool> {
-    let every = from_env("TESTKIT_EVERY", 4)?.max(1);
+    let every = from_env("TESTKIT_EVERY", 6)?.max(1);
     Ok(number.wrapping_add(from_env("TESTKIT_SEED", 1)?) % every == 0)
 }
 

@@ -91,7 +91,7 @@ impl Default for GuestOptions {
             disk_mib: 64,
             memory_mib: 128,
             cpus: 1,
-            tick_ms: 20,
+            tick_ms: 50,
             drive: false,
             iothreads: 0,
             raw: Vec::new(),
@@ -154,8 +154,8 @@ impl GuestOptions {
         self
     }
 
-    /// How long the guest rests between two ticks, in milliseconds. 20: at 5, it takes half as much again of
-    /// a processor, and a run of the suites has one alive at most times.
+    /// How long the guest rests between two ticks, in milliseconds. 50: each tick takes 5 ms of a processor
+    /// here, and a run of the suites has three guests alive at most times.
     pub fn tick_ms(mut self, ms: u64) -> Self {
         self.tick_ms = ms;
         self

@@ -25,32 +25,25 @@ const DOMSNAP: &str = "/usr/local/bin/domsnap";
 const SHIM: &str = "/usr/local/bin/libfaultfs.so";
 
 const CASES: &[TestCase] = &[
-    // Memory and external disks come back as they were as often as one likes.
+    // Memory and external disks come back as they were as often as one likes; disks alone, and it boots.
     TestCase::new("memory_and_external_disks_revert_repeatedly", external),
     // Memory and images and volumes are of one instant in one snapshot.
     TestCase::new("memory_images_and_volumes_are_of_one_instant", mixed),
-    // Disks alone come back and the guest boots on them.
-    TestCase::new("disk_only_revert_boots", disk_only),
     // Snapshots in a chain are deleted while the guest runs.
     TestCase::new("chain_is_deleted_while_the_guest_runs", delete_live),
     TestCase::new(
-        // A domain that is off is started where its snapshot was and its snapshots are deleted.
-        "domain_that_is_off_starts_from_memory",
-        offline,
+        // A revert whose domain cannot be made brings the previous guest back; a domain that is off is started
+        // where its snapshot was and its snapshots are deleted.
+        "domain_that_is_not_made_comes_back_and_one_that_is_off_starts",
+        away,
     ),
     TestCase::new(
-        // A paused guest has its disks taken and stays paused and its memory is refused with a message.
-        "paused_guest_keeps_paused",
-        paused,
+        // One guest, to which nothing happens: an image that it has open is refused at rest; paused, its disks are
+        // taken and its memory is not; a memory image that was cut short, a config of another domain, a disk that
+        // is attached later are refused; a save that fills the disk is undone.
+        "what_cannot_be_done_is_refused_and_the_guest_goes_on",
+        refusals,
     ),
-    // A save that fills the disk is undone and the guest goes on.
-    TestCase::new("full_disk_in_a_save_is_undone", full_disk),
-    // A memory image that was cut short is refused before anything is touched.
-    TestCase::new("truncated_memory_is_refused_first", truncated),
-    // A revert whose domain cannot be made brings the previous guest back.
-    TestCase::new("failed_revert_restores_the_previous_guest", previous_guest_comes_back),
-    // A config of another domain is refused before anything is touched.
-    TestCase::new("config_of_another_domain_is_refused", other_config),
     TestCase::new(
         // Who takes the name of a domain that is reverted is not touched and the previous guest waits.
         "name_in_use_is_not_touched",
@@ -65,15 +58,8 @@ const CASES: &[TestCase] = &[
         "xl_killed_with_its_domsnap",
         killed_with_xl,
     ),
-    // An image that a running domain has open is refused at rest.
-    TestCase::new("image_open_elsewhere_is_refused", open_elsewhere),
     // A plain file that the kernel serves is refused with advice on how to change that.
     TestCase::new("kernel_served_file_is_refused", plain_file),
-    TestCase::new(
-        // A disk that is attached later is in the snapshots or they are refused by its name.
-        "disk_attached_later_is_included_or_refused",
-        attached_later,
-    ),
     // A served VHD is a disk of a guest, as docs/xen.md says, and a killed server costs it nothing.
     TestCase::new("served_vhd_is_a_disk_of_a_guest", served_vhd),
 ];
@@ -273,7 +259,7 @@ fn external() -> Result<()> {
     ensure!(run.names()? == ["s1"], "its snapshots are {:?}", run.names()?);
     let shown = run.ok(&["show", "DOMAIN", "s1"])?;
     ensure!(shown.contains("memory"), "its memory is not shown: {shown}");
-    Ok(())
+    disk_only(&mut run).context("disks alone")
 }
 
 /// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: reported, not judged, for machines
@@ -354,14 +340,13 @@ fn volumes() -> Result<Vec<String>> {
     Ok(listed.split_whitespace().map(str::to_owned).collect())
 }
 
-fn disk_only() -> Result<()> {
-    let mut run = Run::start("diskonly", &[Backend::Qcow2, Backend::Qcow2])?;
+fn disk_only(run: &mut Run) -> Result<()> {
     let before = run.guest.ticks()?;
-    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+    run.ok(&["create", "DOMAIN", "disks", "--disk-only", "--external"])?;
     let after = run.guest.ticks()?;
     run.guest.expect_no_bad()?;
     let place = run.guest.place();
-    run.ok(&["revert", "DOMAIN", "s1"])?;
+    run.ok(&["revert", "DOMAIN", "disks"])?;
     run.guest.await_boot_since(place)?;
     let counters = run.guest.wait_for(place, "the counters at the boot", |text| {
         let line = text.lines().find(|line| line.starts_with("READY "))?;
@@ -398,43 +383,52 @@ fn delete_live() -> Result<()> {
     run.guest.expect_no_bad()
 }
 
-fn offline() -> Result<()> {
-    let mut run = Run::start("offline", &[Backend::Qcow2, Backend::Qcow2])?;
+fn away() -> Result<()> {
+    let mut run = Run::start("away", &[Backend::Qcow2, Backend::Qcow2])?;
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
+    previous_guest_comes_back(&mut run).context("a revert whose domain cannot be made")?;
     run.ok(&["create", "DOMAIN", "s2", "--internal", "--disk-only"])?;
-    xl(&["destroy", "offline"])?;
+    xl(&["destroy", "away"])?;
     // It is known by now, also when nothing runs.
     run.ok(&["create", "DOMAIN", "s3", "--external"])?;
     run.revert_between("s1", before, after)?;
-    xl(&["destroy", "offline"])?;
+    xl(&["destroy", "away"])?;
     run.ok(&["delete", "DOMAIN", "s1", "s2", "s3"])?;
     ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
     run.guest.create()?;
     run.guest.expect_no_bad()
 }
 
-fn paused() -> Result<()> {
-    let run = Run::start("paused", &[Backend::Qcow2])?;
-    xl(&["pause", "paused"])?;
-    run.refused(&["create", "DOMAIN", "m"], 3, "--disk-only")?;
+fn refusals() -> Result<()> {
+    let mut run = Run::start("refused", &[Backend::Qcow2])?;
+    full_disk(&mut run).context("a full disk")?;
+    open_elsewhere(&run).context("an image that is open elsewhere")?;
+    paused(&run).context("a paused guest")?;
+    truncated(&run).context("a memory image that was cut short")?;
+    other_config(&run).context("a config of another domain")?;
+    attached_later(&run).context("a disk that is attached later")
+}
+
+fn paused(run: &Run) -> Result<()> {
+    xl(&["pause", run.guest.name()])?;
+    run.refused(&["create", "DOMAIN", "pm"], 3, "--disk-only")?;
     ensure!(run.guest.is_paused()?, "a guest that was paused runs");
-    run.ok(&["create", "DOMAIN", "d", "--disk-only", "--external"])?;
+    run.ok(&["create", "DOMAIN", "p", "--disk-only", "--external"])?;
     ensure!(run.guest.is_paused()?, "a guest that was paused runs");
-    xl(&["unpause", "paused"])?;
+    xl(&["unpause", run.guest.name()])?;
     run.guest.expect_no_bad()
 }
 
-fn full_disk() -> Result<()> {
-    let mut run = Run::start("full", &[Backend::Qcow2])?;
-    let small = Path::new("/vm/small");
+fn full_disk(run: &mut Run) -> Result<()> {
+    let small = Path::new(MEMORY);
     fs::create_dir_all(small)?;
-    program("/bin/mount", &["-t", "tmpfs", "-o", "size=20m", "small", "/vm/small"])?.ok()?;
+    program("/bin/mount", &["-t", "tmpfs", "-o", "size=20m", "small", MEMORY])?.ok()?;
     let tried = (|| -> Result<()> {
-        run.ok(&["domain", "add", "full", "--xen", "full", "--memory-dir", "/vm/small"])?;
-        run.domain = "full".to_owned();
-        run.refused(&["create", "DOMAIN", "s1", "--external"], 1, "No space left")?;
+        run.ok(&["domain", "add", "refused", "--xen", "refused", "--memory-dir", MEMORY])?;
+        run.domain = "refused".to_owned();
+        run.refused(&["create", "DOMAIN", "f", "--external"], 1, "No space left")?;
         run.guest.expect_no_bad()?;
         ensure!(run.files()? == ["xvda.qcow2"], "left behind: {:?}", run.files()?);
         let left: Vec<_> = fs::read_dir(small)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
@@ -444,12 +438,16 @@ fn full_disk() -> Result<()> {
         run.refused(&["revert", "DOMAIN", "d"], 1, "--no-safety")?;
         run.guest.expect_no_bad()
     })();
-    program("/bin/umount", &["-l", "/vm/small"])?.ok()?;
+    // Then it is a directory like others.
+    program("/bin/umount", &["-l", MEMORY])?.ok()?;
     tried
 }
 
-fn memory_image(run: &Run) -> Result<PathBuf> {
-    let mut below = vec![run.guest.dir().to_owned()];
+/// Where the memory of the guest to which nothing happens is saved.
+const MEMORY: &str = "/vm/small";
+
+fn memory_image() -> Result<PathBuf> {
+    let mut below = vec![PathBuf::from(MEMORY)];
     while let Some(dir) = below.pop() {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
@@ -463,21 +461,18 @@ fn memory_image(run: &Run) -> Result<PathBuf> {
     bail!("there is no memory image")
 }
 
-fn truncated() -> Result<()> {
-    let run = Run::start("truncated", &[Backend::Qcow2])?;
-    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
-    let image = memory_image(&run)?;
+fn truncated(run: &Run) -> Result<()> {
+    run.ok(&["create", "DOMAIN", "m", "--external"])?;
+    let image = memory_image()?;
     let files = run.files()?;
     let length = fs::metadata(&image)?.len();
     fs::File::options().write(true).open(&image)?.set_len(length / 2)?;
-    run.refused(&["revert", "DOMAIN", "s1"], 1, "was saved with")?;
+    run.refused(&["revert", "DOMAIN", "m"], 1, "was saved with")?;
     ensure!(run.files()? == files, "it changed files: {:?}", run.files()?);
     run.guest.expect_no_bad()
 }
 
-fn previous_guest_comes_back() -> Result<()> {
-    let mut run = Run::start("previous", &[Backend::Qcow2, Backend::Qcow2])?;
-    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+fn previous_guest_comes_back(run: &mut Run) -> Result<()> {
     let present = run.guest.ticks()?;
     // A config that Xen cannot make a domain from: one more disk, which is missing.
     let missing = "disk=[ \"format=qcow2,vdev=xvdz,access=rw,target=/vm/nowhere.qcow2\", ";
@@ -492,24 +487,20 @@ fn previous_guest_comes_back() -> Result<()> {
     run.guest.expect_no_bad()?;
     let left: Vec<_> = run.files()?.into_iter().filter(|name| name.contains("domsnap-")).collect();
     ensure!(left.is_empty(), "left behind: {left:?}");
-    // Nothing is left that a revert could stumble over.
-    run.ok(&["revert", "DOMAIN", "s1"])?;
-    run.guest.expect_no_bad()
+    Ok(())
 }
 
-fn other_config() -> Result<()> {
-    let run = Run::start("config", &[Backend::Qcow2])?;
-    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+fn other_config(run: &Run) -> Result<()> {
     for (from, to, says) in [
-        ("name=\"config\"", "name=\"twin\"", "is that of a domain twin"),
-        ("config/xvda.qcow2", "blank.qcow2", "which is"),
+        ("name=\"refused\"", "name=\"twin\"", "is that of a domain twin"),
+        ("refused/xvda.qcow2", "blank.qcow2", "which is"),
         ("vdev=xvda", "vdev=xvdb", "has no disk xvda"),
         ("memory=", "memory=lots", "xl create"),
     ] {
         let config = run.config_with(from, to)?;
-        run.refused(&["revert", "DOMAIN", "s1", "--config", &config], 3, says)?;
+        run.refused(&["revert", "DOMAIN", "d", "--config", &config], 3, says)?;
     }
-    run.refused(&["revert", "DOMAIN", "s1", "--config", "/vm/nowhere"], 3, "no config file")?;
+    run.refused(&["revert", "DOMAIN", "d", "--config", "/vm/nowhere"], 3, "no config file")?;
     run.guest.expect_no_bad()
 }
 
@@ -766,8 +757,7 @@ fn killed_with_xl() -> Result<()> {
     Ok(())
 }
 
-fn open_elsewhere() -> Result<()> {
-    let run = Run::start("elsewhere", &[Backend::Qcow2])?;
+fn open_elsewhere(run: &Run) -> Result<()> {
     let image = run.guest.disk(0).to_string_lossy().into_owned();
     for args in [&["create", image.as_str(), "s1"][..], &["disk", "create", image.as_str(), "s1"]] {
         run.refused(args, 3, "elsewhere")?;
@@ -796,9 +786,7 @@ fn plain_file() -> Result<()> {
 
 /// A disk that is attached to a running domain is in its snapshots, or they are refused by its name; one that
 /// was detached is no hindrance.
-fn attached_later() -> Result<()> {
-    let run = Run::start("later", &[Backend::Qcow2])?;
-    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+fn attached_later(run: &Run) -> Result<()> {
     let (image, name) = (run.guest.dir().join("xvdc.qcow2"), run.guest.name());
     let image = image.to_string_lossy();
     program("/usr/bin/qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
