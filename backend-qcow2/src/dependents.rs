@@ -76,9 +76,7 @@ pub(crate) fn find(
             let links = fs::symlink_metadata(layer.path()).map_or(0, |about| about.nlink());
             let seen = names.get(&layer.name).copied().unwrap_or(0).max(1);
             if links > seen {
-                let name = layer.address.name();
-                let other = format!("(another name of {name}, a hard link in another directory)");
-                layer.dependents.push(other.into());
+                layer.dependents.push("(a hard link of it in another directory)".into());
             }
         }
         if layer.name != record.active && layer.owned && !is_ours && is_held_by_others(layer.path())? {

@@ -125,11 +125,11 @@ impl Planner<'_> {
                 && !keep.contains(&Point::external(layer.name.clone()));
             if for_others {
                 self.plan.notes.push(format!(
-                    "{}: layer {} ({}) stays: {} on it",
+                    "{}: layer {} ({}) stays: {}",
                     self.target,
                     layer.name,
                     shown_size(layer.allocated),
-                    neighbours::standing(&layer.dependents)
+                    neighbours::standing(&layer.dependents, "it")
                 ));
             }
             if self.needed(layer, keep) || children == 0 {

@@ -28,9 +28,9 @@ pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: 
         return Err(Error::new(
             ErrorKind::Refused,
             format!(
-                "{}: {} on {path} by that name, and a revert would change what it shows",
+                "{}: {} by that name, and a revert would change what it shows",
                 record.disk.target,
-                standing(&state.path_dependents)
+                standing(&state.path_dependents, path.as_str())
             ),
         )
         .state("no changes made")
@@ -127,12 +127,42 @@ pub fn rebase(layer: &camino::Utf8Path, overlay: &DiskAddress) -> String {
     format!("`{}`", shell_command(args))
 }
 
-/// `FILE stands`, `FILE and 2 others stand`.
-pub(super) fn standing(files: &[DiskAddress]) -> String {
-    match files {
-        [] => "nothing stands".to_owned(),
-        [one] => format!("{one} stands"),
-        [first, .., _] if files.len() == 2 => format!("{first} and another image stand"),
-        [first, ..] => format!("{first} and {} other images stand", files.len() - 1),
+/// `FILE stands on BASE`, `FILE and 2 other images stand on BASE`; users that are no images, which have their
+/// names in brackets, use it.
+pub(super) fn standing(dependents: &[DiskAddress], base: &str) -> String {
+    let in_brackets = |user: &&DiskAddress| user.as_str().starts_with('(');
+    let (users, images): (Vec<_>, Vec<_>) = dependents.iter().partition(in_brackets);
+    let mut clauses = match images[..] {
+        [] => Vec::new(),
+        [one] => vec![format!("{one} stands on {base}")],
+        [first, _] => vec![format!("{first} and another image stand on {base}")],
+        [first, ..] => vec![format!("{first} and {} other images stand on {base}", images.len() - 1)],
+    };
+    clauses
+        .extend(users.iter().map(|user| format!("{} uses {base}", user.as_str().trim_matches(['(', ')']))));
+    clauses.join(", and ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Images stand on a layer; a process or another name, which has its own in brackets, uses it.
+    #[test]
+    fn dependents_are_named_as_what_they_are() {
+        let (link, process) = ("(a hard link of it in another directory)", "(a running process)");
+        for (dependents, said) in [
+            (&["/a"][..], "/a stands on it"),
+            (&["/a", "/b"], "/a and another image stand on it"),
+            (&["/a", "/b", "/c"], "/a and 2 other images stand on it"),
+            (&[link], "a hard link of it in another directory uses it"),
+            (
+                &[link, "/a", process],
+                "/a stands on it, and a hard link of it in another directory uses it, and a running process uses it",
+            ),
+        ] {
+            let dependents: Vec<DiskAddress> = dependents.iter().map(|name| (*name).into()).collect();
+            assert_eq!(standing(&dependents, "it"), said);
+        }
     }
 }

@@ -166,8 +166,9 @@ fn remove(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
         let mut text = format!("forgot {}; its images stay as they are", removed.domain);
         if removed.snapshots > 0 {
             text.push_str(&format!(
-                ", with {} snapshots in them\n  manifests: {}; `domsnap import` brings the domain back",
-                removed.snapshots, removed.manifests
+                ", with {} in them\n  manifests: {}; `domsnap import` brings the domain back",
+                units::count(removed.snapshots as usize, "snapshot"),
+                removed.manifests
             ));
         }
         text + "\n"
