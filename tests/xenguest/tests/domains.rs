@@ -403,8 +403,9 @@ fn away() -> Result<()> {
 
 fn refusals() -> Result<()> {
     let mut run = Run::start("refused", &[Backend::Qcow2])?;
-    full_disk(&mut run).context("a full disk")?;
+    // While nothing knows that the image is a domain's.
     open_elsewhere(&run).context("an image that is open elsewhere")?;
+    full_disk(&mut run).context("a full disk")?;
     paused(&run).context("a paused guest")?;
     truncated(&run).context("a memory image that was cut short")?;
     other_config(&run).context("a config of another domain")?;
@@ -760,7 +761,7 @@ fn killed_with_xl() -> Result<()> {
 fn open_elsewhere(run: &Run) -> Result<()> {
     let image = run.guest.disk(0).to_string_lossy().into_owned();
     for args in [&["create", image.as_str(), "s1"][..], &["disk", "create", image.as_str(), "s1"]] {
-        run.refused(args, 3, "elsewhere")?;
+        run.refused(args, 3, "is open in refused")?;
     }
     run.guest.expect_no_bad()?;
     let known = program("/usr/bin/qemu-img", &["snapshot", "-l", "-U", &image])?.ok()?;
