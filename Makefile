@@ -47,6 +47,7 @@ test: deps qemu nextest under-test
 
 test-all: export NEXTEST_PROFILE = all
 test-all: export DOMSNAP_TWICE_EVERY = 12
+test-all: export DOMSNAP_STRIKES_EVERY = 1
 test-all: export DOMSNAP_NEXT_EVERY = 1
 test-all: export DOMSNAP_LIVE_EVERY = 1
 test-all: export DOMSNAP_LIVE_OPERATIONS = 200

@@ -203,7 +203,7 @@ pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
 /// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by
 /// their configured paths, and it writes. What it wrote must be there after `recover`: in the current state,
 /// or saved under another name, if that is of a revert which was undone; and it stays there when the revert
-/// is done again.
+/// is done again. One of [`sampled`] instants is tried: [`kill_everywhere`] has all of them.
 ///
 /// # Errors
 /// The first instant after which a disk does not open, or does not keep what was written.
@@ -221,6 +221,11 @@ pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
     let temporary = |index: usize| operations[index].is_within_a_temporary();
     let same = operations[before].line.starts_with("flush ") || is_within_a_transaction(operations, index);
     !same && (!(temporary(before) && temporary(index)) || index % 4 == 0)
+}
+
+/// Of instants that another suite tries too, one of so many is tried: `DOMSNAP_STRIKES_EVERY`, by default 2.
+pub fn sampled() -> usize {
+    usize::try_from(seed::from_env("DOMSNAP_STRIKES_EVERY", 2)).unwrap_or(1).max(1)
 }
 
 /// Whether it is a frame of a transaction in SQLite's log, with others on both sides of it.
@@ -242,7 +247,8 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
             let is_own = !o.is_of_the_log() && (!o.is_within_a_temporary() || o.number % 4 == 0);
             !write && o.can_tear() && (every || is_own)
         });
-        let instants: Vec<_> = instants.chain(torn.map(|o| (o.number, true))).collect();
+        let instants = instants.chain(torn.map(|o| (o.number, true)));
+        let instants: Vec<_> = instants.step_by(if write { sampled() } else { 1 }).collect();
         Ok((instants.len(), instants))
     };
     let kill = |bench: &mut Bench, instants: &Vec<(u64, bool)>, index: usize| {

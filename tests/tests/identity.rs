@@ -511,7 +511,8 @@ mod layers_are_no_disks {
     }
 }
 
-/// A domain that is imported from manifests, killed at every operation on files.
+/// A domain that is imported from manifests, killed at operations on files: at each with
+/// `DOMSNAP_STRIKES_EVERY=1`.
 mod killed_anywhere {
     use super::*;
 
@@ -531,7 +532,7 @@ mod killed_anywhere {
         let distinguished =
             (0..operations.len()).filter(|index| crash::is_distinguished(&operations, *index));
         let mut killed = 0;
-        for operation in distinguished.map(|index| &operations[index]) {
+        for operation in distinguished.map(|index| &operations[index]).step_by(crash::sampled()) {
             domain.restore_from(&kept)?;
             let domsnap = shim::watching(domain.domsnap(), domain.root())?;
             let outcome = shim::killing(domsnap, operation.number, false).run(args)?;
@@ -635,7 +636,7 @@ mod killed_anywhere {
             whole_after_crash(domain, &paths, &mut memo)?;
             // The next command finds one of the two states that were compared just now.
             crashes += 1;
-            if crashes % seed::from_env("DOMSNAP_NEXT_EVERY", 4).max(1) != 0 {
+            if crashes % seed::from_env("DOMSNAP_NEXT_EVERY", 2).max(1) != 0 {
                 return Ok(());
             }
             domain.domsnap().done(&["delete", &paths, "s1"])?;

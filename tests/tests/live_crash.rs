@@ -14,7 +14,6 @@ use domsnap_tests::live::crash::{
     Operation, Victim, inject, kill_qemu, nothing, start_qemu, there, without_x,
 };
 use domsnap_tests::live::{Live, NAME};
-use domsnap_tests::seed::from_env;
 use testguest::GuestOptions;
 
 /// A tree: `outside` and `disks` are external, `inside` is internal, each with memory but `disks`.
@@ -71,17 +70,12 @@ const DELETE_ACTIVE: Operation =
 const DELETE_FROZEN: Operation =
     Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
 
-/// Of the steps that a test names, one of so many is struck.
-fn strides() -> Result<usize> {
-    Ok(usize::try_from(from_env("DOMSNAP_LIVE_EVERY", 3))?.max(1))
-}
-
 macro_rules! killed {
     ($($test:ident: $operation:ident, $victim:ident, $first:literal, $every:literal;)*) => {$(
         #[test]
         fn $test() -> Result<()> {
             let mut live = tree()?;
-            inject(&mut live, &$operation, Victim::$victim, $first, $every * strides()?)?;
+            inject(&mut live, &$operation, Victim::$victim, $first, $every)?;
             live.finish()
         }
     )*};
@@ -89,11 +83,11 @@ macro_rules! killed {
 
 killed! {
     domsnap_dies_in_an_external_create: CREATE_EXTERNAL, Domsnap, 0, 1;
-    domsnap_dies_in_a_create_that_compresses_memory: CREATE_COMPRESSED, Domsnap, 2, 4;
+    domsnap_dies_in_a_create_that_compresses_memory: CREATE_COMPRESSED, Domsnap, 2, 2;
     domsnap_dies_in_a_mixed_create: CREATE_MIXED, Domsnap, 0, 2;
     domsnap_dies_in_a_revert_to_an_external_snapshot: REVERT_OUTSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_to_an_internal_snapshot: REVERT_INSIDE, Domsnap, 0, 1;
-    domsnap_dies_in_a_revert_without_memory: REVERT_DISKS, Domsnap, 1, 2;
+    domsnap_dies_in_a_revert_without_memory: REVERT_DISKS, Domsnap, 1, 1;
     domsnap_dies_in_a_merge_of_the_active_image: DELETE_ACTIVE, Domsnap, 0, 1;
     domsnap_dies_in_a_delete_inside_a_frozen_image: DELETE_FROZEN, Domsnap, 0, 1;
     qemu_dies_in_a_create: CREATE_EXTERNAL, Qemu, 0, 2;

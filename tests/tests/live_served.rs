@@ -157,14 +157,14 @@ macro_rules! killed {
 }
 
 killed! {
-    domsnap_dies_in_a_create: CREATE, Domsnap, 0, 2;
-    domsnap_dies_in_a_revert: REVERT, Domsnap, 0, 2;
+    domsnap_dies_in_a_create: CREATE, Domsnap, 0, 1;
+    domsnap_dies_in_a_revert: REVERT, Domsnap, 0, 1;
     domsnap_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Domsnap, 0, 1;
-    domsnap_dies_in_a_merge_below_it: DELETE_FROZEN, Domsnap, 0, 2;
-    server_dies_in_a_create: CREATE, Server, 0, 3;
-    server_dies_in_a_revert: REVERT, Server, 0, 3;
-    server_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Server, 0, 2;
-    server_dies_in_a_merge_below_it: DELETE_FROZEN, Server, 1, 3;
+    domsnap_dies_in_a_merge_below_it: DELETE_FROZEN, Domsnap, 0, 1;
+    server_dies_in_a_create: CREATE, Server, 0, 1;
+    server_dies_in_a_revert: REVERT, Server, 0, 1;
+    server_dies_in_a_merge_of_the_served_image: DELETE_ACTIVE, Server, 0, 1;
+    server_dies_in_a_merge_below_it: DELETE_FROZEN, Server, 1, 1;
 }
 
 /// The limit of a merge is that of the command that carries it out. A recovery after the death of the one

@@ -176,10 +176,10 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
 
 #[test]
 fn domsnap_dies_in_a_create_on_a_fixed_vhd() -> Result<()> {
-    killed(Vhd::Fixed, 3)
+    killed(Vhd::Fixed, 5)
 }
 
 #[test]
 fn domsnap_dies_in_a_create_on_a_dynamic_vhd() -> Result<()> {
-    killed(Vhd::Dynamic, 4)
+    killed(Vhd::Dynamic, 6)
 }

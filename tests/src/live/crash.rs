@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{Live, NAME};
 use crate::domsnap::{Domsnap, status};
 use crate::report;
+use crate::seed;
 use crate::shim::{self, Counted};
 
 /// Who dies.
@@ -43,7 +44,8 @@ pub struct Operation {
     pub again: fn(&mut Live) -> Result<()>,
 }
 
-/// Kills at every `every`th step of `operation`, beginning with number `first`.
+/// Kills at every `every`th step of `operation`, beginning with number `first`; at one of
+/// `DOMSNAP_LIVE_EVERY` of these, by default of 3.
 ///
 /// # Errors
 /// What is not as before the operation, nor as after it.
@@ -54,6 +56,7 @@ pub fn inject(
     first: usize,
     every: usize,
 ) -> Result<()> {
+    let every = every * usize::try_from(seed::from_env("DOMSNAP_LIVE_EVERY", 3))?.max(1);
     let args = [&[operation.args[0], NAME], &operation.args[1..]].concat();
     (operation.again)(live).context("before the first")?;
     let (_outputs, file) = shim::outputs()?;
