@@ -83,7 +83,8 @@ fn stopped_domain_is_started_from_a_served_disk() -> Result<()> {
             false => live.guest.quit()?,
         }
         live.guest.wait_end()?;
-        live.domsnap().done(&["create", NAME, &format!("off-{name}"), "--disk-only"])?;
+        live.domsnap().done(&["create", NAME, "off", "--disk-only"])?;
+        live.domsnap().done(&["delete", NAME, "off"])?;
         // The server is down: QEMU could not start, so nothing is done.
         if !stopped {
             live.servers.kill()?;
