@@ -2,8 +2,8 @@
 //!
 //! The server closes the images and gives their locks back. The loan lasts as long as the borrower's control
 //! connection: `give-back`, or the connection's end, opens the image that the borrower named at the
-//! beginning. That is the disk's configured path, which names a whole disk at every instant of an operation. So
-//! a borrower that is killed leaves a server that goes on by itself, as one that is started again would.
+//! beginning. That is the disk's configured path, which names a whole disk at every instant of an operation.
+//! So a borrower that is killed leaves a server that goes on by itself, as one that is started again would.
 //!
 //! The borrower has the client's place meanwhile. A program that connects to the disk is refused, because it
 //! would wait for an image without a limit.
@@ -174,8 +174,8 @@ impl Drop for Loan {
     }
 }
 
-/// Finds the server on this machine that has `file` (device and inode) open as the top of its chain, may write
-/// it, and can lend it. Returns its control socket.
+/// Finds the server on this machine that has `file` (device and inode) open as the top of its chain, may
+/// write it, and can lend it. Returns its control socket.
 ///
 /// The kernel's list of listening sockets is read. Only a server of this user or of root is asked, at a
 /// socket that has the name of a control socket, with the disk's socket beside it.

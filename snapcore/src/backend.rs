@@ -478,9 +478,9 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Borrows a disk that is not in use from the program that has its images open to serve it, so that they
     /// can be locked. `None`: there is no such program.
     ///
-    /// The program opens what the configured path names as soon as the guard is dropped, the locks are yielded
-    /// or this process ends. So it is asked for domains that keep their paths alone: the path names the current
-    /// image at every instant of an operation.
+    /// The program opens what the configured path names as soon as the guard is dropped, the locks are
+    /// yielded or this process ends. So it is asked for domains that keep their paths alone: the path names
+    /// the current image at every instant of an operation.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Busy`] if the disk is in use through that program.

@@ -64,8 +64,9 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.finish()
 }
 
-/// A domain that is off goes on from a snapshot with memory in one command, while the server of its disk runs: it
-/// lends the disk, and serves the snapshot's by the time that QEMU comes. Snapshots at rest are taken so too.
+/// A domain that is off goes on from a snapshot with memory in one command, while the server of its disk
+/// runs: it lends the disk, and serves the snapshot's by the time that QEMU comes. Snapshots at rest are
+/// taken so too.
 #[test]
 fn stopped_domain_is_started_from_a_served_disk() -> Result<()> {
     let mut live = guest()?;
@@ -79,7 +80,7 @@ fn stopped_domain_is_started_from_a_served_disk() -> Result<()> {
             true => {
                 live.domsnap().done(&["revert", NAME, "first", "--off"])?;
             }
-            // As a host that goes down, or a supervisor that is told to.
+            // As a host that goes down, or a supervisor that stops it.
             false => live.guest.quit()?,
         }
         live.guest.wait_end()?;

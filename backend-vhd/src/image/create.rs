@@ -45,9 +45,9 @@ impl NewImage {
     }
 
     /// Calls `put` with the parts of the file, in their order, and their places: the first page with footer,
-    /// header and locator; the BAT; the footer. Small images are one part. The BAT of a large one, up to 4 MiB
-    /// of one byte, is given piece by piece from one buffer: memory that is touched for the first time costs
-    /// more than a write.
+    /// header and locator; the BAT; the footer. Small images are one part. The BAT of a large one, up to 4
+    /// MiB of one byte, is given piece by piece from one buffer: memory that is touched for the first time
+    /// costs more than a write.
     fn write(&self, mut put: impl FnMut(&[u8], HostOffset) -> Result<()>) -> Result<()> {
         require_size(self.size)?;
         let kind = if self.parent.is_some() { DiskType::Differencing } else { DiskType::Dynamic };
@@ -105,8 +105,8 @@ pub(super) fn require_size(size: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes a new image into an empty file, and makes it durable, with one flush. The file's name is the caller's
-/// to make durable, so no order of the writes is needed.
+/// Writes a new image into an empty file, and makes it durable, with one flush. The file's name is the
+/// caller's to make durable, so no order of the writes is needed.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`], [`ErrorKind::LimitExceeded`], [`ErrorKind::NoSpace`]; the system's.
@@ -127,8 +127,8 @@ mod tests {
     use super::*;
     use crate::image::Vhd;
 
-    /// An image of 2040 GiB is one flush, and writes no byte twice; its last sector is written and read. A larger
-    /// one is refused.
+    /// An image of 2040 GiB is one flush, and writes no byte twice; its last sector is written and read. A
+    /// larger one is refused.
     #[test]
     fn largest_image_is_one_flush() {
         let recorder = Recorder::new(Vec::new());

@@ -207,8 +207,8 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     Ok(facts)
 }
 
-/// Refuses a start by the recorded command if a server that serves one of its disks is down: QEMU would end at
-/// once, after the disks were reverted.
+/// Refuses a start by the recorded command if a server that serves one of its disks is down: QEMU would end
+/// at once, after the disks were reverted.
 pub(super) fn may_start(domain: &Domain, machine: Option<&Value>) -> Result<()> {
     let is_configured = domain.control.as_ref().is_some_and(|control| !control.start.is_empty());
     let Some(machine) = machine.filter(|_| !is_configured).map(recorded).transpose()? else { return Ok(()) };

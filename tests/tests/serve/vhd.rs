@@ -291,9 +291,9 @@ fn any_snapshot_of_a_vhd_is_served() -> Result<()> {
     Ok(())
 }
 
-/// Operations on a domain at rest borrow the disk from its server, which has no client: a create, a revert and a
-/// delete go through, and the server serves the current image after each. With a client they are refused.
-/// Killed anywhere, the server goes on by itself in a state that is before or after the operation.
+/// Operations on a domain at rest borrow the disk from its server, which has no client: a create, a revert
+/// and a delete go through, and the server serves the current image after each. With a client they are
+/// refused. Killed anywhere, the server goes on by itself in a state that is before or after the operation.
 #[test]
 fn idle_disk_is_lent_to_operations() -> Result<()> {
     let place = Place::new()?;

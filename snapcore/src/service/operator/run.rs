@@ -68,7 +68,7 @@ impl Operator {
     }
 
     /// Locks the images of a domain's disks, and refuses those that another process has open. Those of a
-    /// domain that does not run are borrowed from a program that serves them to nobody.
+    /// domain that does not run are borrowed from a program that serves them and has no client.
     pub(super) async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {

@@ -1,5 +1,5 @@
-//! A volume beside a disk that domsnap serves to the same QEMU: snapshots of both at one instant, while it has
-//! them open. Its guest does not run: what is on the disks is written by QEMU itself.
+//! A volume beside a disk that domsnap serves to the same QEMU: snapshots of both at one instant, while it
+//! has them open. Its guest does not run: what is on the disks is written by QEMU itself.
 
 use std::process::Command;
 use std::thread;
