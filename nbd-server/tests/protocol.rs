@@ -398,8 +398,8 @@ fn swap_exchanges_the_image() {
     assert_eq!(client.simple(), 0);
 }
 
-/// A disk without a client is lent: the image is closed, and no other client gets the disk. It is opened by its
-/// name when it is given back, and when the borrower ends, however that happens.
+/// A disk without a client is lent: the image is closed, and no other client gets the disk. It is opened by
+/// its name when it is given back, and when the borrower ends, however that happens.
 #[test]
 fn disk_is_lent_until_the_borrower_ends() {
     let fixture = Fixture::new();
