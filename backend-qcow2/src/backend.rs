@@ -253,8 +253,8 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        self.locks.yield_of(disk.disk.path());
-        Ok(())
+        let (locks, path) = (Arc::clone(&self.locks), disk.disk.path().to_owned());
+        blocking(move || locks.yield_of(&path)).await
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {

@@ -218,9 +218,15 @@ impl DiskSnapshotter for VhdFiles {
         Ok(Box::new(locks))
     }
 
+    async fn borrow(&self, disk: &DiskRecord) -> Result<Option<Guard>> {
+        let (locks, path) = (Arc::clone(&self.locks), disk.disk.path().to_owned());
+        let loan = blocking(move || locks.borrow(&path)).await?;
+        Ok(loan.map(|loan| Box::new(loan) as Guard))
+    }
+
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        self.locks.yield_of(disk.disk.path());
-        Ok(())
+        let (locks, path) = (Arc::clone(&self.locks), disk.disk.path().to_owned());
+        blocking(move || locks.yield_of(&path)).await
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {

@@ -104,7 +104,7 @@ fn exists(path: &Utf8Path) -> bool {
 }
 
 /// Returns the unix socket in QEMU's name of an NBD node.
-fn socket_of(file: &str) -> Option<String> {
+pub(crate) fn socket_of(file: &str) -> Option<String> {
     if let Some(text) = file.strip_prefix("json:") {
         let options: Value = serde_json::from_str(text).ok()?;
         let nested = options["server"]["path"].as_str();

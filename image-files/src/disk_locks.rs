@@ -10,6 +10,7 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use nbd_server::Loan;
 use snapcore::hypervisor::AttachedDisk;
 use snapcore::{Error, ErrorKind, Result};
 
@@ -23,7 +24,12 @@ use crate::names::{FileId, file_id, open_image};
 #[derive(Default)]
 pub struct DiskLocks {
     disks: Mutex<HashMap<Utf8PathBuf, Weak<ImageLocks>>>,
+    loans: Mutex<HashMap<Utf8PathBuf, Weak<DiskLoan>>>,
 }
+
+/// A disk that its server has lent to an operation. Dropped, it is given back.
+#[derive(Debug)]
+pub struct DiskLoan(Mutex<Option<Loan>>);
 
 /// The image locks of one disk during an operation.
 #[derive(Default)]
@@ -70,12 +76,43 @@ impl DiskLocks {
         Ok((locks, file_id(path)?.is_none_or(|id| !open.contains(&id))))
     }
 
-    /// Releases the locks of the disk at `path`, if an operation works on it. A step that needs one locks
-    /// again.
-    pub fn yield_of(&self, path: &Utf8Path) {
+    /// Releases the locks of the disk at `path`, if an operation works on it, and gives a disk back that was
+    /// borrowed. A step that needs a lock locks again.
+    ///
+    /// # Errors
+    /// The disk's server cannot open it.
+    pub fn yield_of(&self, path: &Utf8Path) -> Result<()> {
+        // The server locks the images when it opens them.
         if let Some(locks) = self.of(path) {
             locks.unlock_all();
         }
+        let mut loans = self.loans.lock().unwrap_or_else(PoisonError::into_inner);
+        let loan = loans.remove(&Self::key(path)).and_then(|loan| loan.upgrade());
+        drop(loans);
+        let loan = loan.and_then(|loan| loan.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+        loan.map_or(Ok(()), |loan| loan.give_back().map_err(|error| of_server(&error)))
+    }
+
+    /// Borrows the disk whose configured path is `path` from the server that has its images open, if there is
+    /// one that may write them. The server closes them. When the value is dropped, when the locks are
+    /// yielded, or when this process ends, it opens what `path` names then; so the caller has a path that
+    /// names the disk's current image at every instant. Locks must be released before that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a client uses the disk; the server's.
+    pub fn borrow(&self, path: &Utf8Path) -> Result<Option<Arc<DiskLoan>>> {
+        use std::os::unix::fs::MetadataExt;
+        let Ok(about) = path.symlink_metadata() else { return Ok(None) };
+        let Some(control) = nbd_server::server_of((about.dev(), about.ino())) else { return Ok(None) };
+        let asked = Loan::ask(&control, path).map_err(|error| {
+            of_server(&error)
+                .context(format!("borrowing {path} from its server"))
+                .advise("shut the domain down, or stop the server, and try again")
+        });
+        let loan = Arc::new(DiskLoan(Mutex::new(Some(asked?))));
+        let mut loans = self.loans.lock().unwrap_or_else(PoisonError::into_inner);
+        loans.insert(Self::key(path), Arc::downgrade(&loan));
+        Ok(Some(loan))
     }
 
     /// The locks of the disk at `path`, if an operation works on it.
@@ -124,6 +161,19 @@ pub fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
     let opened = open_image(file, false)?;
     lock::is_locked(&opened, LockMode::Write)
         .map_err(|error| reported(error, "asking for the locks of", file))
+}
+
+/// Maps an error of a server.
+fn of_server(error: &nbd_server::Error) -> Error {
+    use nbd_server::ErrorKind as Kind;
+    let kind = match error.kind() {
+        Kind::Busy => ErrorKind::Busy,
+        Kind::Unsupported => ErrorKind::Unsupported,
+        Kind::Refused | Kind::Invalid => ErrorKind::Refused,
+        _ => ErrorKind::Io,
+    };
+    let mapped = Error::new(kind, error.to_string());
+    mapped.advise(error.advice().unwrap_or("restart the server with the disk's configured path"))
 }
 
 fn reported(error: LockError, doing: &str, file: &Utf8Path) -> Error {

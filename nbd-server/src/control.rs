@@ -16,6 +16,8 @@
 //! | `{"do":"pivot"}` | `{}`: the merge of the top, which is ready, is done |
 //! | `{"do":"limit","rate":BYTES}` | `{}`: the merge that is on its way has this limit from now on |
 //! | `{"do":"cancel-merge"}` | `{}` |
+//! | `{"do":"lend","image":PATH}` | `{}`: the image is closed, for as long as this connection lasts |
+//! | `{"do":"give-back"}` | `{"generation":N}`: PATH is opened; the disk is no longer lent |
 //!
 //! `swap` and `snapshot` take the number of the caller's hold as `hold`. `swap`, `snapshot` and
 //! `attach` can be repeated: if the image is served already, nothing happens. So can `detach`. An answer is
@@ -35,11 +37,12 @@ pub use crate::disk::MAX_HOLD;
 use crate::disk::{Disk, Look, file_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, Layer, MergeRequest, Served};
+use crate::loan::lend;
 use crate::merge::{MergeInfo, Merges};
 use crate::sys::peer_of;
 
 /// Bytes of a request.
-const MAX_LINE: u64 = 4 << 10;
+pub(crate) const MAX_LINE: u64 = 4 << 10;
 /// Bytes of an answer that [`ask`] accepts.
 const MAX_ANSWER: u64 = 4 << 20;
 /// A connection without a request for so long is closed.
@@ -63,6 +66,8 @@ pub(crate) enum ControlRequest {
     Pivot {},
     Limit { rate: u64 },
     CancelMerge {},
+    Lend { image: Utf8PathBuf },
+    GiveBack {},
 }
 
 /// The state of a server.
@@ -95,6 +100,9 @@ pub struct ControlInfo {
     /// True if the server knows `prepare` and `forget`.
     #[serde(default)]
     pub prepares: bool,
+    /// True if the server knows `lend`.
+    #[serde(default)]
+    pub lends: bool,
     /// The image that is ready for the next exchange.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepared: Option<Utf8PathBuf>,
@@ -140,7 +148,20 @@ pub(crate) fn converse(
             let error = Error::new(ErrorKind::Invalid, "a request is one line of at most 4096 bytes");
             return outgoing.write_all(&line(&answer(Err(error))));
         }
-        let outcome = parse(&request).and_then(|request| carry_out(request, disk, merges, format));
+        let outcome = match parse(&request) {
+            Ok(ControlRequest::Lend { image }) => match lend(&image, peer.pid, disk, merges, format) {
+                Ok(lent) => {
+                    // An operation of the borrower may take hours.
+                    stream.set_read_timeout(None)?;
+                    let answered = lent.last(&mut incoming, outgoing);
+                    stream.set_read_timeout(Some(IDLE))?;
+                    answered?
+                }
+                Err(error) => Err(error),
+            },
+            Ok(request) => carry_out(request, disk, merges, format),
+            Err(error) => Err(error),
+        };
         outgoing.write_all(&line(&answer(outcome)))?;
     }
 }
@@ -223,6 +244,10 @@ fn carry_out(
             Ok(json!({}))
         }
         ControlRequest::CancelMerge {} => merges.cancel().map(|()| json!({})),
+        // A loan is its connection's: `converse` has both.
+        ControlRequest::Lend { .. } | ControlRequest::GiveBack {} => {
+            Err(Error::new(ErrorKind::Refused, "this connection has not borrowed the disk"))
+        }
     }
 }
 
@@ -243,12 +268,12 @@ fn exchange(
 
 /// Returns true if the file `wanted` is the top layer of what is served. A name may lead to another file by
 /// now, so the file's identity decides.
-fn is_served(served: &Served, wanted: &Utf8Path) -> bool {
+pub(crate) fn is_served(served: &Served, wanted: &Utf8Path) -> bool {
     let top = served.layers.first().map(|layer| (layer.device, layer.inode));
     top.is_some() && file_at(wanted) == top
 }
 
-fn require_absolute(path: &Utf8Path) -> Result<()> {
+pub(crate) fn require_absolute(path: &Utf8Path) -> Result<()> {
     match path.is_absolute() {
         true => Ok(()),
         false => Err(Error::new(ErrorKind::Invalid, format!("{path} is not an absolute path"))),
@@ -270,13 +295,14 @@ fn info(look: Look, merges: &Merges) -> ControlInfo {
         generation,
         held: is_held,
         prepares: true,
+        lends: true,
         prepared,
         merge: merges.info(),
         client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
     }
 }
 
-fn answer(outcome: Result<Value>) -> Value {
+pub(crate) fn answer(outcome: Result<Value>) -> Value {
     match outcome {
         Ok(value) => json!({ "ok": value }),
         Err(error) => {
@@ -285,7 +311,7 @@ fn answer(outcome: Result<Value>) -> Value {
     }
 }
 
-fn line(value: &Value) -> Vec<u8> {
+pub(crate) fn line(value: &Value) -> Vec<u8> {
     let mut bytes = value.to_string().into_bytes();
     bytes.push(b'\n');
     bytes
@@ -298,8 +324,13 @@ fn line(value: &Value) -> Vec<u8> {
 /// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer; [`ErrorKind::Refused`] for
 /// the server of a user who is neither root nor this one.
 pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value> {
+    ask_on(&connect(path, patience)?, path, request)
+}
+
+/// Connects to the control socket at `path`. A server of another user than this one and root is refused.
+pub(crate) fn connect(path: &Utf8Path, patience: Duration) -> Result<UnixStream> {
     let failed = |error| Error::io(format!("cannot ask {path}"), error);
-    let mut stream = UnixStream::connect(path).map_err(failed)?;
+    let stream = UnixStream::connect(path).map_err(failed)?;
     // Every user can listen in a directory of their own. systemd, which may have made the socket, is root.
     let peer = peer_of(stream.as_fd()).map_err(failed)?;
     if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
@@ -311,9 +342,15 @@ pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value
     }
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(patience)).map_err(failed)?;
+    Ok(stream)
+}
+
+/// Sends one request on a connection to the control socket at `path`, and reads its answer.
+pub(crate) fn ask_on(mut stream: &UnixStream, path: &Utf8Path, request: &Value) -> Result<Value> {
+    let failed = |error| Error::io(format!("cannot ask {path}"), error);
     stream.write_all(&line(request)).map_err(failed)?;
     let mut bytes = Vec::new();
-    BufReader::new(&stream).take(MAX_ANSWER).read_until(b'\n', &mut bytes).map_err(failed)?;
+    BufReader::new(stream).take(MAX_ANSWER).read_until(b'\n', &mut bytes).map_err(failed)?;
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     enum Answer {

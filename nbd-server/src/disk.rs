@@ -70,7 +70,8 @@ struct Hold {
 /// The program that uses the disk.
 struct Client {
     pid: Option<i32>,
-    stream: UnixStream,
+    /// Its connection; `None` for a borrower, which is never disconnected: its end gives the disk back.
+    stream: Option<UnixStream>,
 }
 
 /// The state of the disk, for reports.
@@ -191,6 +192,19 @@ impl Disk {
         pid: Option<i32>,
         stream: &UnixStream,
     ) -> std::result::Result<Seat<'_>, String> {
+        let stream = stream.try_clone().map_err(|error| format!("the server has no resources: {error}"))?;
+        self.seat(pid, Some(stream))
+    }
+
+    /// Takes the place of the client for a process that borrows the images, so that no client comes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a client uses the disk.
+    pub(crate) fn admit_borrower(&self, pid: Option<i32>) -> Result<Seat<'_>> {
+        self.seat(pid, None).map_err(|why| Error::new(ErrorKind::Busy, why))
+    }
+
+    fn seat(&self, pid: Option<i32>, stream: Option<UnixStream>) -> std::result::Result<Seat<'_>, String> {
         let until = Instant::now() + SEAT_WAIT;
         let mut state = self.lock();
         while let Some(client) = &state.client {
@@ -200,15 +214,14 @@ impl Disk {
             }
             state = self.wait(state, Some(until));
         }
-        let stream = stream.try_clone().map_err(|error| format!("the server has no resources: {error}"))?;
         state.client = Some(Client { pid, stream });
         Ok(Seat(self))
     }
 
     /// Disconnects the client, if there is one. A client that reconnects learns the disk's properties again.
     pub(crate) fn disconnect(&self) {
-        if let Some(client) = &self.lock().client {
-            let _ = client.stream.shutdown(std::net::Shutdown::Both);
+        if let Some(stream) = self.lock().client.as_ref().and_then(|client| client.stream.as_ref()) {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
         }
     }
 

@@ -19,6 +19,7 @@
 //! | `transmission` | the threads that carry out the requests of a client |
 //! | `disk` | the image that is served at this moment: who uses it, holds, exchanges, detached |
 //! | `merge` | merges of layers while the disk is served |
+//! | `loan` | a disk without a client, lent to an operation on its images |
 //! | `image`, `file` | the contract of an image, and a raw file or device as one |
 //! | `control` | the control socket: one JSON document a line |
 //! | `place`, `activation`, `sys` | sockets: created, found stale, or passed by systemd |
@@ -44,6 +45,7 @@ mod file;
 #[doc(hidden)]
 pub mod fuzz;
 mod image;
+mod loan;
 mod merge;
 mod option;
 mod place;
@@ -58,6 +60,7 @@ pub use control::{ClientInfo, ControlInfo, MAX_HOLD, ask};
 pub use error::{Error, ErrorKind, Result};
 pub use file::RawFile;
 pub use image::{Content, Extent, Format, Image, Layer, MergeRequest, Merging, Prepared, Served, Zeroing};
+pub use loan::{Loan, server_of};
 pub use merge::{MergeInfo, MergePhase, MergeWatch};
 pub use place::{Place, control_path};
 pub use server::{Running, Server};

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{
-    Content, ErrorKind, Extent, Format, Image, Layer, Place, RawFile, Result, Running, Served, Server,
-    Zeroing, ask, control_path,
+    Content, ErrorKind, Extent, Format, Image, Layer, Loan, Place, RawFile, Result, Running, Served, Server,
+    Zeroing, ask, control_path, server_of,
 };
 use serde_json::json;
 
@@ -396,6 +396,64 @@ fn swap_exchanges_the_image() {
     let mut client = fixture.client(false);
     client.request(0, 0, SIZE, 1, b"");
     assert_eq!(client.simple(), 0);
+}
+
+/// A disk without a client is lent: the image is closed, and no other client gets the disk. It is opened by
+/// its name when it is given back, and when the borrower ends, however that happens.
+#[test]
+fn disk_is_lent_until_the_borrower_ends() {
+    let fixture = Fixture::new();
+    let (image, control) = (fixture.directory.join("a.raw"), control_path(&fixture.socket));
+    let info = || fixture.ask(json!({"do": "info"})).unwrap();
+    let about = std::fs::metadata(&image).unwrap();
+    let file = (std::os::unix::fs::MetadataExt::dev(&about), std::os::unix::fs::MetadataExt::ino(&about));
+    assert_eq!(server_of(file).as_ref(), Some(&control));
+    assert_eq!(server_of((file.0, file.1 + 1)), None);
+    let client = fixture.client(false);
+    let refused = Loan::ask(&control, &image).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy);
+    assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+    drop(client);
+    for (number, gives_back) in [true, false, true, false].into_iter().enumerate() {
+        let loan = Loan::ask(&control, &image).unwrap();
+        let lent = info();
+        assert_eq!(lent["layers"], json!([]), "{lent}");
+        assert!(lent["detached"].as_str().unwrap().contains("lent to process"), "{lent}");
+        // Neither a client nor another borrower comes meanwhile. Each waits for two seconds.
+        if number == 0 {
+            let mut client = fixture.greeted();
+            client.option(7, &[0; 6]);
+            assert_ne!(client.reply().1, 1);
+            assert_eq!(Loan::ask(&control, &image).unwrap_err().kind(), ErrorKind::Busy);
+        }
+        // The name leads to another file by the end, of another size.
+        let size = SIZE * (number as u64 + 2);
+        let next = fixture.directory.join("next.raw");
+        std::fs::File::create(&next).unwrap().set_len(size).unwrap();
+        std::fs::rename(&next, &image).unwrap();
+        match gives_back {
+            true => loan.give_back().unwrap(),
+            false => drop(loan),
+        }
+        let now = info();
+        assert_eq!((now["size"].as_u64(), &now["detached"]), (Some(size), &json!(null)), "{now}");
+        drop(fixture.client(false));
+    }
+    // A borrower that is killed has its connection closed by the kernel. Until the image can be opened, the
+    // server tries.
+    let mut killed = UnixStream::connect(&control).unwrap();
+    killed.write_all(format!("{}\n", json!({"do": "lend", "image": image})).as_bytes()).unwrap();
+    let mut answer = [0; 3];
+    killed.read_exact(&mut answer).unwrap();
+    drop(killed);
+    let until = Instant::now() + Duration::from_secs(10);
+    while info()["layers"] == json!([]) || !info()["client"].is_null() {
+        assert!(Instant::now() < until, "{}", info());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(fixture.client(false));
+    let refused = fixture.ask(json!({"do": "give-back"})).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Refused);
 }
 
 /// What a format does not have is refused with a message; nonsense and long lines are, too.

@@ -475,8 +475,22 @@ pub trait DiskSnapshotter: Send + Sync {
     /// [`crate::ErrorKind::Busy`], with the name of the other user if it can be known.
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard>;
 
-    /// Releases the locks of a held disk's images, so that a hypervisor can open them. Later steps lock again
-    /// what they need. The disk stays reserved against other operations of this process.
+    /// Borrows a disk that is not in use from the program that has its images open to serve it, so that they
+    /// can be locked. `None`: there is no such program.
+    ///
+    /// The program opens what the configured path names as soon as the guard is dropped, the locks are
+    /// yielded or this process ends. So it is asked for domains that keep their paths alone: the path names
+    /// the current image at every instant of an operation.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Busy`] if the disk is in use through that program.
+    async fn borrow(&self, _disk: &DiskRecord) -> Result<Option<Guard>> {
+        Ok(None)
+    }
+
+    /// Releases the locks of a held disk's images, so that a hypervisor can open them, and gives a disk back
+    /// that was borrowed. Later steps lock again what they need. The disk stays reserved against other
+    /// operations of this process.
     async fn yield_locks(&self, _disk: &DiskRecord) -> Result<()> {
         Ok(())
     }

@@ -169,6 +169,9 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await
     }
+    async fn borrow(&self, disk: &DiskRecord) -> Result<Option<Guard>> {
+        self.inner.borrow(disk).await
+    }
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         self.inner.yield_locks(disk).await
     }

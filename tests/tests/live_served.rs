@@ -64,6 +64,50 @@ fn served_vhd_is_a_disk_of_a_running_domain() -> Result<()> {
     live.finish()
 }
 
+/// A domain that is off goes on from a snapshot with memory in one command, while the server of its disk
+/// runs: it lends the disk, and serves the snapshot's by the time that QEMU comes. Snapshots at rest are
+/// taken so too.
+#[test]
+fn stopped_domain_is_started_from_a_served_disk() -> Result<()> {
+    let mut live = guest()?;
+    let socket = live.guest.disk(0).with_extension("sock");
+    let server = served::ask(&socket, &json!({ "do": "info" }))?["pid"].clone();
+    live.create("first", &[])?;
+    live.guest.wait_ticks(10)?;
+    live.create("second", &[])?;
+    for (name, stopped) in [("first", false), ("second", true)] {
+        match stopped {
+            true => {
+                live.domsnap().done(&["revert", NAME, "first", "--off"])?;
+            }
+            // As a host that goes down, or a supervisor that stops it.
+            false => live.guest.quit()?,
+        }
+        live.guest.wait_end()?;
+        live.domsnap().done(&["create", NAME, "off", "--disk-only"])?;
+        live.domsnap().done(&["delete", NAME, "off"])?;
+        // The server is down: QEMU could not start, so nothing is done.
+        if !stopped {
+            live.servers.kill()?;
+            let refused = live.domsnap().run(&["revert", NAME, name])?;
+            ensure!(refused.status == Some(status::REFUSED), "{refused}");
+            ensure!(
+                refused.stderr.contains("disk serve") && refused.stderr.contains("no changes made"),
+                "{refused}"
+            );
+            live.servers.start()?;
+        }
+        let answer = live.domsnap().done(&["revert", NAME, name])?;
+        live.guest.expect_no_bad().with_context(|| answer.stdout.clone())?;
+        live.wait_running()?;
+        live.sound().with_context(|| format!("started from {name}"))?;
+    }
+    let now = served::ask(&socket, &json!({ "do": "info" }))?;
+    ensure!(now["pid"] == server || !now["client"].is_null(), "{now}");
+    live.verify()?;
+    live.finish()
+}
+
 /// Snapshots with memory of a guest under load, with a served VHD, a raw file and a qcow2 image, are each of
 /// one instant.
 #[test]

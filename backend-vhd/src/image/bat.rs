@@ -143,7 +143,7 @@ impl Bat {
     }
 }
 
-/// The bytes of an empty BAT, padded to whole sectors.
-pub(super) fn empty(entries: u64) -> Vec<u8> {
-    vec![0xFF; (entries * 4).next_multiple_of(SECTOR) as usize]
+/// The number of bytes of an empty BAT, padded to whole sectors. Each is 0xFF.
+pub(super) fn bytes_of_empty(entries: u64) -> u64 {
+    (entries * 4).next_multiple_of(SECTOR)
 }

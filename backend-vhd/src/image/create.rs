@@ -12,6 +12,9 @@ use super::footer::{DiskType, FOOTER, Footer};
 use super::header::{BAT_AT, HEADER, Header, LOCATOR_AT, LOCATOR_SPACE, ParentName};
 use super::units::{BlockSize, MAX_SIZE, PAGE, SECTOR, TimeStamp, UniqueId};
 
+/// Bytes of the BAT that are written at once.
+const PIECE: u64 = 256 << 10;
+
 /// A new image.
 #[derive(Clone, Debug)]
 pub struct NewImage {
@@ -41,8 +44,11 @@ impl NewImage {
         self
     }
 
-    /// The whole file: the first page with footer, header and locator; the BAT; the footer.
-    fn bytes(&self) -> Result<Vec<u8>> {
+    /// Calls `put` with the parts of the file, in their order, and their places: the first page with footer,
+    /// header and locator; the BAT; the footer. Small images are one part. The BAT of a large one, up to 4
+    /// MiB of one byte, is given piece by piece from one buffer: memory that is touched for the first time
+    /// costs more than a write.
+    fn write(&self, mut put: impl FnMut(&[u8], HostOffset) -> Result<()>) -> Result<()> {
         require_size(self.size)?;
         let kind = if self.parent.is_some() { DiskType::Differencing } else { DiskType::Dynamic };
         let footer = Footer::new(kind, self.size, self.id, self.time);
@@ -52,16 +58,26 @@ impl NewImage {
             text = parent.locator_text()?;
             header.set_parent(parent, LOCATOR_AT, LOCATOR_SPACE, text.len() as u64);
         }
-        let table = bat::empty(header.entries());
-        let mut bytes = Vec::with_capacity(BAT_AT as usize + table.len() + FOOTER as usize);
+        debug_assert_eq!(LOCATOR_AT, FOOTER + HEADER);
+        let mut left = bat::bytes_of_empty(header.entries());
+        let mut bytes = Vec::with_capacity((PAGE + left.min(PIECE) + FOOTER) as usize);
         bytes.extend_from_slice(footer.bytes());
         bytes.extend_from_slice(header.bytes());
         bytes.extend_from_slice(&text);
         bytes.resize(PAGE as usize, 0);
-        bytes.extend_from_slice(&table);
-        bytes.extend_from_slice(footer.bytes());
-        debug_assert_eq!(LOCATOR_AT, FOOTER + HEADER);
-        Ok(bytes)
+        let mut at = 0;
+        loop {
+            let now = left.min(PIECE);
+            bytes.resize(bytes.len() + now as usize, 0xFF);
+            left -= now;
+            if left == 0 {
+                bytes.extend_from_slice(footer.bytes());
+                return put(&bytes, HostOffset(at));
+            }
+            put(&bytes, HostOffset(at))?;
+            at += bytes.len() as u64;
+            bytes.clear();
+        }
     }
 }
 
@@ -89,8 +105,8 @@ pub(super) fn require_size(size: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes a new image into an empty file, in one write, and makes it durable. The file's name is the caller's
-/// to make durable.
+/// Writes a new image into an empty file, and makes it durable, with one flush. The file's name is the
+/// caller's to make durable, so no order of the writes is needed.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`], [`ErrorKind::LimitExceeded`], [`ErrorKind::NoSpace`]; the system's.
@@ -99,9 +115,8 @@ pub fn write_into(file: File, path: &Path, new: &NewImage) -> Result<()> {
 }
 
 pub(super) fn create_in(storage: Box<dyn Storage>, path: &Path, new: &NewImage) -> Result<()> {
-    let bytes = new.bytes().context("create", path)?;
     let file = ImageFile::new(storage, path, true);
-    file.write_at(&bytes, HostOffset(0))?;
+    new.write(|bytes, at| file.write_at(bytes, at)).context("create", path)?;
     file.flush()
 }
 
@@ -112,19 +127,27 @@ mod tests {
     use super::*;
     use crate::image::Vhd;
 
-    /// An image of 2040 GiB is one write and one flush; its last sector is written and read. A larger one is
-    /// refused.
+    /// An image of 2040 GiB is one flush, and writes no byte twice; its last sector is written and read. A
+    /// larger one is refused.
     #[test]
-    fn largest_image_is_one_write() {
+    fn largest_image_is_one_flush() {
         let recorder = Recorder::new(Vec::new());
         create_in(Box::new(recorder.clone()), Path::new("/large.vhd"), &NewImage::new(MAX_SIZE)).unwrap();
-        assert!(matches!(recorder.log().as_slice(), [Event::Write(0, _), Event::Flush]));
+        let mut end = 0;
+        let log = recorder.log();
+        for event in &log[..log.len() - 1] {
+            let Event::Write(at, bytes) = event else { panic!("{event:?}") };
+            assert_eq!(*at, end);
+            end += bytes.len() as u64;
+        }
+        assert!(matches!(log.last(), Some(Event::Flush)));
+        assert_eq!(end, bytes_of_new(MAX_SIZE));
         let mut image = Vhd::from_file(recorder.open(true)).unwrap();
         assert_eq!(image.check(false).unwrap(), []);
         image.write_at(&[7; 512], MAX_SIZE - SECTOR).unwrap();
         image.flush().unwrap();
         // The entries that changed, and not the whole BAT, are written.
-        let written: usize = recorder.log()[2..]
+        let written: usize = recorder.log()[log.len()..]
             .iter()
             .map(|event| if let Event::Write(_, bytes) = event { bytes.len() } else { 0 })
             .sum();

@@ -1,10 +1,14 @@
 //! Options with which the user opened an image, from the command line: QMP reports few of a node's options.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Map, Value};
 
 use super::Process;
+use crate::server::socket_of;
 
 /// Options of a format node that another node of the same disk should have too.
 const OF_FORMAT: [(&str, Kind); 15] = [
@@ -60,17 +64,7 @@ impl ImageOptions {
     /// Returns the options of the image that `is_it` recognises. `None` if the command line does not name it:
     /// it was hot-plugged, or opened by another method.
     pub(crate) fn of(process: &Process, is_it: impl Fn(&Path) -> bool) -> Option<Self> {
-        let args = process.command_line.windows(2);
-        let all: Vec<(bool, Options)> = args
-            .filter_map(|pair| match pair {
-                [option, value] => match option.trim_start_matches('-') {
-                    "blockdev" if option.starts_with('-') => Some((false, options(value))),
-                    "drive" if option.starts_with('-') => Some((true, options(value))),
-                    _ => None,
-                },
-                _ => None,
-            })
-            .collect();
+        let all = all_of(process);
         let named = |name: &str| {
             all.iter().map(|(_, options)| options).find(|options| text(options, "node-name") == Some(name))
         };
@@ -117,6 +111,40 @@ impl ImageOptions {
         }
         None
     }
+}
+
+/// Lists the unix sockets of NBD servers that a command line names: QEMU cannot start without these servers.
+pub(crate) fn nbd_sockets(process: &Process) -> Vec<PathBuf> {
+    let directory = process.directory.clone().unwrap_or_default();
+    let socket_in = |options: &Options| -> Option<String> {
+        let server = match text(options, "driver") {
+            Some("nbd") => text(options, "server.path").or_else(|| text(options, "path")),
+            _ => None,
+        };
+        let named = ["filename", "file"].iter().find_map(|key| socket_of(text(options, key)?));
+        server.map(str::to_owned).or(named)
+    };
+    let mut sockets: Vec<PathBuf> = (all_of(process).iter())
+        .filter_map(|(_, options)| socket_in(options).or_else(|| socket_in(&below(options))))
+        .map(|socket| directory.join(socket))
+        .collect();
+    sockets.sort();
+    sockets.dedup();
+    sockets
+}
+
+/// Returns the options of each `-blockdev` and, with true, of each `-drive`.
+fn all_of(process: &Process) -> Vec<(bool, Options)> {
+    let args = process.command_line.windows(2);
+    args.filter_map(|pair| match pair {
+        [option, value] => match option.trim_start_matches('-') {
+            "blockdev" if option.starts_with('-') => Some((false, options(value))),
+            "drive" if option.starts_with('-') => Some((true, options(value))),
+            _ => None,
+        },
+        _ => None,
+    })
+    .collect()
 }
 
 /// Returns the options of the file below, from those that are prefixed with `file.`.

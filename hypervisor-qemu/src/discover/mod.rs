@@ -15,7 +15,7 @@ pub use abilities::Abilities;
 pub(crate) use compare::media;
 pub use compare::{Difference, compare};
 pub use devices::{BlockDevice, ChainLayer, Device, Role};
-pub(crate) use image_options::ImageOptions;
+pub(crate) use image_options::{ImageOptions, nbd_sockets};
 pub use process::Process;
 pub(crate) use shared::shared_by;
 

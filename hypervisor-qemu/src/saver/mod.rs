@@ -238,6 +238,10 @@ impl VmStateSaver for Qemu {
         Ok(())
     }
 
+    async fn may_start(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Result<()> {
+        start::may_start(domain, machine)
+    }
+
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         start::start(start, &self.unpacked).await
     }

@@ -2,7 +2,8 @@
 
 use std::{
     fs::File,
-    os::unix::{fs::FileExt, process::CommandExt},
+    io,
+    os::unix::{fs::FileExt, net::UnixStream, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -10,8 +11,9 @@ use std::{
 };
 
 use qmp::Agent;
+use serde_json::Value;
 use snapcore::hypervisor::{GuestChange, PowerAfter, StartFromMemory, StartedDomain, StepOutcome};
-use snapcore::{ActivePath, Error, ErrorKind, Result};
+use snapcore::{ActivePath, Domain, Error, ErrorKind, Result};
 use tokio::time::sleep;
 
 use super::{
@@ -26,7 +28,7 @@ use super::{
     unpacked::Unpacked,
 };
 use crate::{
-    discover::{Abilities, Discovery, Process, media},
+    discover::{Abilities, Discovery, Process, media, nbd_sockets},
     generation_id,
     machine::Machine,
     memory::{Image, Stored, restore_in_place},
@@ -203,6 +205,32 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         facts.notes.extend(set_clock(&machine, agent.as_ref()).await);
     }
     Ok(facts)
+}
+
+/// Refuses a start by the recorded command if a server that serves one of its disks is down: QEMU would end
+/// at once, after the disks were reverted.
+pub(super) fn may_start(domain: &Domain, machine: Option<&Value>) -> Result<()> {
+    let is_configured = domain.control.as_ref().is_some_and(|control| !control.start.is_empty());
+    let Some(machine) = machine.filter(|_| !is_configured).map(recorded).transpose()? else { return Ok(()) };
+    if machine.process.uid.is_some_and(|uid| uid != rustix::process::geteuid().as_raw()) {
+        // The user starts it.
+        return Ok(());
+    }
+    for socket in nbd_sockets(&machine.process) {
+        // What cannot be looked at is QEMU's to report. A service manager's socket starts the server.
+        let Err(error) = UnixStream::connect(&socket) else { continue };
+        if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
+            let socket = socket.display();
+            let detail = format!(
+                "the command of domain {} has a disk that is served at {socket}, and no server answers there",
+                domain.name
+            );
+            return Err(Error::new(ErrorKind::Refused, detail)
+                .state("no changes made")
+                .advise(format!("start the server: domsnap disk serve IMAGE --socket {socket}")));
+        }
+    }
+    Ok(())
 }
 
 /// Returns the command; `None` if it is not known.

@@ -100,6 +100,14 @@ impl Entry {
     pub fn new(domain: Domain, tree: SnapshotTree, revision: Revision) -> Self {
         Self { domain, tree, revision, follows: None }
     }
+
+    /// Returns the machine that was recorded with the snapshot whose memory is in `image`.
+    pub(crate) fn machine_with(&self, image: &DiskAddress) -> Option<&serde_json::Value> {
+        let has_it =
+            |snapshot: &&Snapshot| snapshot.memory.as_ref().is_some_and(|memory| memory.image == *image);
+        let machine = self.tree.iter().find(has_it)?.machine.as_deref()?;
+        self.domain.machine(machine).map(|machine| &machine.record)
+    }
 }
 
 setters!(Entry {

@@ -225,14 +225,7 @@ impl Running<'_> {
         match step {
             DomainStep::Continue { memory: Some(image), power, .. } if *power != Some(PowerAfter::Off) => {
                 let domain = &self.entry.domain;
-                let snapshot =
-                    self.entry.tree.iter().find(|snapshot| {
-                        snapshot.memory.as_ref().is_some_and(|memory| memory.image == *image)
-                    });
-                let machine = snapshot
-                    .and_then(|snapshot| snapshot.machine.as_deref())
-                    .and_then(|id| domain.machine(id))
-                    .map(|machine| &machine.record);
+                let machine = self.entry.machine_with(image);
                 self.yield_locks().await?;
                 let chains = self.open_chains().await?;
                 let start = StartFromMemory { domain, machine, image, chains: &chains, power: *power };

@@ -462,6 +462,15 @@ pub trait VmStateSaver: Send + Sync {
         Ok(())
     }
 
+    /// Refuses a start from memory that is known to fail, before an operation that ends with one begins.
+    /// `machine` is the one that was recorded with the snapshot. Changes nothing.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`], with the obstacle.
+    async fn may_start(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Result<()> {
+        Ok(())
+    }
+
     /// Starts the domain from a memory image, by the configured or recorded command. If that is impossible,
     /// returns the command for the user.
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome>;

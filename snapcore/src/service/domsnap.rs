@@ -200,6 +200,9 @@ impl Domsnap {
                 .planning
                 .preflight(&located.entry.domain, &manifests, live.as_ref(), plan, true)
                 .await?;
+            if live.is_none() {
+                self.rooms.planning.refuse_start(plan, &located.entry).await?;
+            }
         }
         if let Some(first) = plans.first_mut() {
             first.notes.splice(0..0, located.notes);

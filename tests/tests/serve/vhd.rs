@@ -4,6 +4,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use backend_vhd::image::{Chain, ChainOptions, ErrorKind, NewImage, OpenOptions, Vhd};
@@ -287,5 +288,73 @@ fn any_snapshot_of_a_vhd_is_served() -> Result<()> {
         let error = error.with_context(|| format!("{image} is served for s9"))?;
         ensure!(error.to_string().contains("has no snapshot s9"), "{error}");
     }
+    Ok(())
+}
+
+/// Operations on a domain at rest borrow the disk from its server, which has no client: a create, a revert
+/// and a delete go through, and the server serves the current image after each. With a client they are
+/// refused. Killed anywhere, the server goes on by itself in a state that is before or after the operation.
+#[test]
+fn idle_disk_is_lent_to_operations() -> Result<()> {
+    let place = Place::new()?;
+    let mut model = base(&place)?;
+    let image = format!("vda={},format=vhd", text(&place.file("base.vhd")));
+    place.domsnap().done(&["domain", "add", "d", "--disk", &image])?;
+    let server = place.serve("base.vhd,format=vhd", &[])?;
+    let info = || server.ask(&json!({ "do": "info" }));
+    let socket = place.file("s");
+    let shows = |model: &[u8]| -> Result<bool> {
+        // A client is refused while the disk is lent, and the kernel may still be ending a process.
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            match Client::connect(&socket) {
+                Ok(mut client) => return Ok(client.read(0, SIZE as usize)? == model),
+                Err(error) if Instant::now() >= until => return Err(error.context("no client is admitted")),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    };
+    // Nothing is flushed: the server does that before it lends the disk.
+    write_some(&mut Client::connect(&socket)?, &mut model, 0x11)?;
+    let first = model.clone();
+    place.domsnap().done(&["create", "d", "first", "--dry-run"])?;
+    place.domsnap().done(&["create", "d", "first"])?;
+    ensure!(info()?["layers"].as_array().map(Vec::len) == Some(2), "{}", info()?);
+    let mut client = Client::connect(&socket)?;
+    write_some(&mut client, &mut model, 0x22)?;
+    let refused = place.domsnap().run(&["create", "d", "no"])?.expect_status(status::REFUSED)?;
+    let who = format!("process {}", std::process::id());
+    ensure!(refused.stderr.contains(&who) && refused.stderr.contains("no changes made"), "{refused}");
+    drop(client);
+    place.domsnap().done(&["create", "d", "second"])?;
+    let second = model.clone();
+    for (name, model) in [("first", &first), ("second", &second), ("first", &first)] {
+        place.domsnap().done(&["revert", "d", name])?;
+        ensure!(shows(model)?, "the server does not show {name} after the revert");
+    }
+    // Killed at some of the calls of a revert that alternates between the two.
+    let directory = place.file(".");
+    let (_kept, list) = shim::outputs()?;
+    shim::counting(shim::watching(place.domsnap(), &directory)?, &list).done(&["revert", "d", "second"])?;
+    let calls = shim::counted(&list)?.len() as u64;
+    ensure!(calls > 20, "{calls} calls");
+    let mut kills = 0;
+    for at in (3..calls).step_by(7) {
+        let wanted = if shows(&first)? { "second" } else { "first" };
+        let killed = shim::killing(shim::watching(place.domsnap(), &directory)?, at, false);
+        kills += u32::from(killed.run(&["revert", "d", wanted])?.status.is_none());
+        ensure!(shows(&first)? || shows(&second)?, "killed at call {at}: the server shows something else");
+        place.domsnap().done(&["recover", "d"]).with_context(|| format!("killed at call {at}"))?;
+        ensure!(shows(&first)? || shows(&second)?, "killed at call {at}: wrong after the recovery");
+        place.domsnap().done(&["check", "d"])?;
+    }
+    ensure!(kills > 3, "it was killed {kills} times");
+    let model = if shows(&first)? { &first } else { &second };
+    place.domsnap().done(&["delete", "d", "first", "second"])?;
+    ensure!(shows(model)? && info()?["layers"].as_array().map(Vec::len) == Some(1), "{}", info()?);
+    // A domain that changes its paths is refused: the server would go on in the frozen image.
+    place.domsnap().done(&["domain", "remove", "d"])?;
+    place.domsnap().done(&["domain", "add", "new", "--disk", &image, "--active-path", "new"])?;
+    place.domsnap().run(&["create", "new", "no"])?.expect_status(status::REFUSED)?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Locked, Operator};
 use crate::backend::Guard;
 use crate::catalogue::Change;
-use crate::domain::Domain;
+use crate::domain::{ActivePath, Domain};
 use crate::engine::{Engine, Run};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -67,14 +67,28 @@ impl Operator {
         })
     }
 
-    /// Locks the images of a domain's disks, and refuses those that another process has open.
+    /// Locks the images of a domain's disks, and refuses those that another process has open. Those of a
+    /// domain that does not run are borrowed from a program that serves them and has no client.
     pub(super) async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {
             let backend = self.registry.serving(&record.disk)?;
             if !backend.is_gone(record).await? {
                 let attached = live.and_then(|live| live.disk(&record.disk.target));
-                guards.push(backend.lock(record, attached).await?);
+                match backend.lock(record, attached).await {
+                    Ok(guard) => guards.push(guard),
+                    Err(busy)
+                        if busy.kind() == ErrorKind::Busy
+                            && live.is_none()
+                            && domain.active_path == ActivePath::Keep =>
+                    {
+                        let Some(loan) = backend.borrow(record).await? else { return Err(busy) };
+                        // Locks end before the loan: they are dropped in this order.
+                        guards.push(backend.lock(record, attached).await?);
+                        guards.push(loan);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
         self.watcher.refuse_open_elsewhere(domain, live).await?;
@@ -91,6 +105,9 @@ impl Operator {
         let entry = &locked.located.entry;
         let mut plan = self.planning.plan_for(entry, live, request).await?;
         self.planning.preflight(&entry.domain, &locked.manifests, live, &plan, false).await?;
+        if live.is_none() {
+            self.planning.refuse_start(&plan, entry).await?;
+        }
         let watched = self.watcher.watched(&entry.domain, live, Some(&plan)).await?;
         if plan.has_steps() {
             plan.notes.extend(watched.refuse_users().await?);

@@ -7,7 +7,7 @@ use crate::catalogue::Entry;
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{DomainStep, MemoryStore, OpenChain};
+use crate::hypervisor::{DomainStep, MemoryStore, OpenChain, PowerAfter};
 use crate::plan::RunningDomain;
 use crate::registry::Registry;
 use crate::request::Request;
@@ -58,6 +58,18 @@ impl Planning {
             true => self.memory_store(domain),
             false => Ok(None),
         }
+    }
+
+    /// Refuses a plan that ends with a start from memory which is known to fail. The domain does not run.
+    pub(in crate::service) async fn refuse_start(&self, plan: &Plan, entry: &Entry) -> Result<()> {
+        for step in plan.domain_steps() {
+            let DomainStep::Continue { memory: Some(image), power, .. } = step else { continue };
+            if *power != Some(PowerAfter::Off) {
+                let saver = self.registry.hypervisor(&entry.domain.hypervisor)?;
+                saver.may_start(&entry.domain, entry.machine_with(image)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a plan that needs a memory image at an address which the domain's hypervisor does not read.

@@ -3,6 +3,7 @@
 mod crash;
 mod live;
 mod matrix;
+mod served;
 mod trouble;
 mod users;
 
@@ -33,7 +34,7 @@ fn disks_are_blank_before_each_case() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 9] = [
+static GROUPS: [Group; 10] = [
     Group::new(
         "the machine has real snapshots of volumes",
         Machine::new,
@@ -49,6 +50,7 @@ static GROUPS: [Group; 9] = [
     Group::new("volumes and crashes", Machine::new, crash::CASES),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),
     Group::new("volumes that others use beside a running domain", users::machine, users::CASES),
+    Group::new("volumes beside a served disk", users::machine, served::CASES),
     Group::new("guests that run on volumes", live::machine, live::CASES),
 ];
 

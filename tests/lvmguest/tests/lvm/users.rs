@@ -19,7 +19,7 @@ use testguest::Version;
 use crate::matrix::{Sort, expect, group, volume, volumes};
 
 const NAME: &str = "live";
-const SOCKET: &str = "/run/live.qmp";
+pub const SOCKET: &str = "/run/live.qmp";
 
 /// A machine with a QEMU, whose guests never run: they start at once.
 pub fn machine() -> Machine {
@@ -30,7 +30,7 @@ pub fn machine() -> Machine {
 }
 
 /// A process that ends with this.
-struct Running(Child);
+pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -187,7 +187,7 @@ fn a_base_device_that_is_written_is_refused() -> Result<()> {
 }
 
 /// One command of QMP; what it returns.
-fn qmp(command: &str) -> Result<serde_json::Value> {
+pub fn qmp(command: &str) -> Result<serde_json::Value> {
     let mut stream = std::os::unix::net::UnixStream::connect(SOCKET)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     stream.write_all(format!("{{\"execute\":\"qmp_capabilities\"}}\n{command}\n").as_bytes())?;
