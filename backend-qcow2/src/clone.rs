@@ -13,12 +13,12 @@ use image_files::chain::{ChainStep, CloneContent, Tag};
 use image_files::clones::{CloneFiles, SharedLayer, check_places, clone_plan, pins_of, require_room};
 use image_files::names;
 use snapcore::backend::{CloneDisk, ClonePlan, DiskState, Layer};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, shown_size};
+use snapcore::{DiskPoint, DiskRecord, Error, ErrorKind, LayerName, Point, Result, shown_size};
 
 use crate::backing_string::{backing_string, check_backing_string};
 use crate::image::{self, Backing, Image, NewImage, OpenOptions, RunLayer};
 use crate::preflight::encrypted_in;
-use crate::steps::StepRunner;
+use crate::steps::{StepRunner, new_snapshot};
 use crate::tags::{has_tag, require_tag};
 
 /// Plans clones of a point.
@@ -82,6 +82,8 @@ pub(crate) fn plan(
             .map_or(top.virtual_size, |point| point.virtual_size),
         _ => top.virtual_size,
     };
+    // A frozen layer is the point in the clone too. A copy gets an internal snapshot.
+    let keep = request.keep.clone().filter(|_| !matches!(content, CloneContent::Overlay { .. }));
     let make = |files: CloneFiles| {
         let what = match &content {
             CloneContent::Overlay { on, .. } => format!("make {} on {on}", files.image),
@@ -92,7 +94,8 @@ pub(crate) fn plan(
                 format!("copy all of {} into {}", request.point.layer, files.image)
             }
         };
-        (ChainStep::Clone { files, content: content.clone(), virtual_size }, what)
+        let (content, keep) = (content.clone(), keep.clone());
+        (ChainStep::Clone { files, content, virtual_size, keep }, what)
     };
     let publish = |places| ChainStep::PublishClones { places };
     let mut made = clone_plan(record, request, &pins, bytes, make, publish)?;
@@ -101,6 +104,16 @@ pub(crate) fn plan(
     let is_elsewhere = |layer: &&LayerName| is_in(&chain, layer) && layer.as_str().starts_with('/');
     for disk in &mut made.disks {
         disk.owned.extend(record.owned.iter().filter(is_elsewhere).cloned());
+    }
+    if request.keep.is_some() {
+        let points = made.disks.iter().map(|disk| {
+            let point = match (&content, &keep) {
+                (CloneContent::Overlay { on, .. }, _) => Point::external(on.clone()),
+                (_, tag) => Point::internal(disk.active.clone(), tag.clone().unwrap_or_default()),
+            };
+            DiskPoint::new(target.clone(), point, virtual_size)
+        });
+        made.points = points.collect();
     }
     Ok(made)
 }
@@ -218,8 +231,14 @@ fn refuse_encrypted(record: &DiskRecord, top: &Layer, max_depth: u32) -> Result<
 }
 
 impl StepRunner<'_> {
-    /// Makes the image of a clone.
-    pub(crate) fn clone_disk(&self, files: &CloneFiles, content: &CloneContent, size: u64) -> Result<()> {
+    /// Makes the image of a clone, with an internal snapshot `keep` of its content.
+    pub(crate) fn clone_disk(
+        &self,
+        files: &CloneFiles,
+        content: &CloneContent,
+        size: u64,
+        keep: Option<&str>,
+    ) -> Result<()> {
         files.begin()?;
         match content {
             CloneContent::Overlay { on, on_format } => self.clone_on(files, on, on_format, size)?,
@@ -235,6 +254,11 @@ impl StepRunner<'_> {
                 self.copy_all(files, from, tag.as_ref())?;
                 self.require_still(from, tag.as_ref())?;
             }
+        }
+        if let Some(keep) = keep {
+            let file = files.unfinished_image();
+            let mut image = Image::open(file.as_std_path(), &OpenOptions::read_write().unlocked())?;
+            image.create_snapshot(&new_snapshot(keep))?;
         }
         Ok(())
     }

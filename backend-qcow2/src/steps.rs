@@ -61,8 +61,8 @@ impl StepRunner<'_> {
             ChainStep::Repoint { child, to } => self.repoint(child, to),
             ChainStep::Remove { layers } => self.files.remove(layers, |_| None),
             ChainStep::Unname { layer } => self.files.unname(layer),
-            ChainStep::Clone { files, content, virtual_size } => {
-                self.clone_disk(files, content, *virtual_size)
+            ChainStep::Clone { files, content, virtual_size, keep } => {
+                self.clone_disk(files, content, *virtual_size, keep.as_deref())
             }
             ChainStep::PublishClones { places } => clones::publish_clones(places),
         }
@@ -255,10 +255,7 @@ impl StepRunner<'_> {
     pub(crate) fn take(&self, layer: &LayerName, tag: &str) -> Result<()> {
         let mut image = self.writing(layer)?;
         if image.find_snapshot(tag)?.is_none() {
-            let now = Timestamp::now();
-            let seconds = u32::try_from(now.as_second()).unwrap_or(u32::MAX);
-            let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or(0);
-            image.create_snapshot(&NewSnapshot::new(tag, seconds, nanoseconds))?;
+            image.create_snapshot(&new_snapshot(tag))?;
         }
         Ok(())
     }
@@ -427,4 +424,12 @@ fn writing(locks: Option<&ImageLocks>, file: &Utf8Path) -> Result<OpenOptions> {
         }
         None => Ok(OpenOptions::read_write()),
     }
+}
+
+/// An internal snapshot of this moment.
+pub(crate) fn new_snapshot(tag: &str) -> NewSnapshot {
+    let now = Timestamp::now();
+    let seconds = u32::try_from(now.as_second()).unwrap_or(u32::MAX);
+    let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or(0);
+    NewSnapshot::new(tag, seconds, nanoseconds)
 }

@@ -49,7 +49,8 @@ pub(crate) fn plan(
             CloneContent::Overlay { on, .. } => format!("make {} as a child of {on}", files.image),
             _ => format!("copy all of {} into {}", top.name, files.image),
         };
-        (ChainStep::Clone { files, content: content.clone(), virtual_size: top.virtual_size }, what)
+        let (content, virtual_size) = (content.clone(), top.virtual_size);
+        (ChainStep::Clone { files, content, virtual_size, keep: None }, what)
     };
     let publish = |places| ChainStep::PublishClones { places };
     let mut made = clone_plan(record, request, &pins, bytes, make, publish)?;

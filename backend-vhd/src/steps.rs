@@ -51,7 +51,7 @@ impl StepRunner<'_> {
             ChainStep::Repoint { child, to } => self.repoint(child, to),
             ChainStep::Remove { layers } => self.files.remove(layers, |_| None),
             ChainStep::Unname { layer } => self.files.unname(layer),
-            ChainStep::Clone { files, content, virtual_size } => {
+            ChainStep::Clone { files, content, virtual_size, keep: _ } => {
                 self.clone_disk(files, content, *virtual_size)
             }
             ChainStep::PublishClones { places } => clones::publish_clones(places),

@@ -38,6 +38,7 @@ mod gdb;
 mod generation_id;
 pub mod graph;
 mod guest_clock;
+mod guest_exec;
 pub mod instant;
 pub mod jobs;
 mod machine;

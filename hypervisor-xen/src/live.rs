@@ -375,7 +375,7 @@ impl LiveDomain for XenDomain {
             DomainStep::Media { .. } => Ok(StepOutcome::default()),
             DomainStep::RemoveMemory { image } => remove_memory(image).await.map(|()| StepOutcome::default()),
             // The engine's own.
-            DomainStep::Register { .. } => Ok(StepOutcome::default()),
+            DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(StepOutcome::default()),
         }
     }
 
@@ -393,7 +393,7 @@ impl LiveDomain for XenDomain {
             // its name.
             DomainStep::CheckMemory { .. }
             | DomainStep::ReopenByName { .. }
-            | DomainStep::Register { .. } => Ok(()),
+            | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))
             }

@@ -348,12 +348,36 @@ pub struct CloneDomain {
     /// Clone the disks alone, of a snapshot that has memory too
     #[arg(long)]
     pub disk_only: bool,
+    /// Clone the memory too: each clone continues where the snapshot was taken
+    #[arg(long, conflicts_with = "disk_only")]
+    pub memory: bool,
+    /// Start the clones
+    #[arg(long, requires = "memory")]
+    pub start: bool,
+    /// The links of the clones' network devices: down, up with the snapshot's addresses, or up with devices of
+    /// new MAC addresses
+    #[arg(long, value_name = "off|same|swap", default_value = "off", requires = "start")]
+    pub network: Network,
+    /// Run this shell script once in each guest, by its agent, before its links go up
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "start")]
+    pub run: Option<Utf8PathBuf>,
     /// Make the directories of the clones in this one [default: that of the domain's first disk]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub to: Option<Utf8PathBuf>,
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// The network of clones.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Network {
+    /// Links down
+    Off,
+    /// Links up
+    Same,
+    /// Links up, on devices with new MAC addresses
+    Swap,
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::hypervisor::DiskInstant;
 use crate::name::{DomainName, LayerName, SnapshotName};
 use crate::shape::{FinishStep, NestedStep};
-use crate::snapshot::{Point, PointKind};
+use crate::snapshot::{DiskPoint, Point, PointKind};
 use crate::step::{Edit, Group, Step};
 
 /// A request to one disk's backend when a plan is made.
@@ -70,16 +70,19 @@ pub struct CloneDisk {
     pub clones: Vec<ClonePlace>,
     /// A random number for names of layers.
     pub stamp: u32,
+    /// If given, each clone has the point itself too, so that its disk can be reverted to it. A point inside
+    /// of an image gets this name there.
+    pub keep: Option<String>,
 }
 
 impl CloneDisk {
     /// Requests clones of `point` that share its content.
     pub fn new(point: Point, clones: Vec<ClonePlace>, stamp: u32) -> Self {
-        Self { point, clones, stamp, full: false, active_path: ActivePath::Keep }
+        Self { point, clones, stamp, full: false, active_path: ActivePath::Keep, keep: None }
     }
 }
 
-setters!(CloneDisk { full: bool, active_path: ActivePath });
+setters!(CloneDisk { full: bool, active_path: ActivePath, keep: Option<String> });
 
 /// The place of the disks of one clone. A backend whose disks are no files uses the name alone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -112,14 +115,20 @@ pub struct ClonePlan<A = serde_json::Value> {
     pub plan: DiskPlan<A>,
     /// The disk of each clone, in the order of the request. Its target is that of the source.
     pub disks: Vec<DiskRecord>,
+    /// The point in each clone ([`CloneDisk::keep`]), in the same order. Empty: a backend that keeps none.
+    pub points: Vec<DiskPoint>,
 }
 
 impl<A> ClonePlan<A> {
     /// Makes an answer.
     pub fn new(plan: DiskPlan<A>, disks: Vec<DiskRecord>) -> Self {
-        Self { plan, disks }
+        Self { plan, disks, points: Vec::new() }
     }
 }
+
+setters!(<A> ClonePlan<A> {
+    points: Vec<DiskPoint>,
+});
 
 /// A backend's answer: the steps for one disk, by their places in the operation, and the changes of the
 /// catalogue.

@@ -163,8 +163,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
         state: &DiskState,
         request: &CloneDisk,
     ) -> Result<ClonePlan> {
-        let ClonePlan { plan, disks } = self.inner.plan_clone(disk, state, request).await?;
-        Ok(ClonePlan { plan: recordable(self.inner.format(), disk, plan)?, disks })
+        let ClonePlan { plan, disks, points } = self.inner.plan_clone(disk, state, request).await?;
+        Ok(ClonePlan { plan: recordable(self.inner.format(), disk, plan)?, disks, points })
     }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await

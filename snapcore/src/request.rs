@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hold::{Holder, HoldingProcess};
-use crate::hypervisor::{PowerAfter, Quiesce};
+use crate::hypervisor::{CloneNetwork, PowerAfter, Quiesce};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::snapshot::{PointKind, Snapshot, SnapshotTree};
 
@@ -527,9 +527,17 @@ pub struct CloneRequest {
     pub clones: Vec<DomainName>,
     /// True if the clones share no data with the source.
     pub full: bool,
-    /// True to make clones of the disks alone. A snapshot with memory is refused otherwise, because memory is
-    /// not cloned.
+    /// True to make clones of the disks alone.
     pub disk_only: bool,
+    /// True to make clones that continue from the snapshot's memory. A snapshot with memory needs one of the
+    /// two.
+    pub memory: bool,
+    /// True to start the clones, which have memory.
+    pub start: bool,
+    /// The network of clones that are started.
+    pub network: CloneNetwork,
+    /// A shell script that the guest of each clone that is started runs once, before its links go up.
+    pub hook: Option<Vec<u8>>,
     /// The directory in which each clone gets a directory of its own; absent: that of the source's first disk
     /// that is a file.
     pub directory: Option<Utf8PathBuf>,
@@ -538,7 +546,17 @@ pub struct CloneRequest {
 impl CloneRequest {
     /// Requests clones of these names.
     pub fn new(snapshot: SnapshotName, clones: Vec<DomainName>) -> Self {
-        Self { snapshot, clones, full: false, disk_only: false, directory: None }
+        Self {
+            snapshot,
+            clones,
+            full: false,
+            disk_only: false,
+            memory: false,
+            start: false,
+            network: CloneNetwork::Off,
+            hook: None,
+            directory: None,
+        }
     }
 
     /// The names of `count` clones: `NAME-1` to `NAME-count`.
@@ -557,6 +575,10 @@ impl CloneRequest {
 setters!(CloneRequest {
     full: bool,
     disk_only: bool,
+    memory: bool,
+    start: bool,
+    network: CloneNetwork,
+    hook: Option<Vec<u8>>,
     directory: Option<Utf8PathBuf>,
 });
 

@@ -394,6 +394,19 @@ impl Plan {
                     saver.map_or_else(Default::default, |saver| saver.shown_machine(&machine.record));
             }
         }
+        let registered = self.finish.iter_mut().filter_map(|unit| match unit {
+            FinishUnit::Domain(HypervisorStep { action: DomainStep::Register { domains, .. }, .. }) => Some(domains),
+            _ => None,
+        });
+        for domain in registered.flatten() {
+            for machine in &mut domain.machines {
+                machine.record =
+                    saver.map_or_else(Default::default, |saver| saver.shown_machine(&machine.record));
+            }
+            if let Some(control) = &mut domain.control {
+                control.start = saver.map_or_else(Vec::new, |saver| saver.shown_command(&control.start));
+            }
+        }
         self
     }
 

@@ -1,6 +1,6 @@
 //! The command of a clone.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -89,8 +89,8 @@ const CHECKED: [&str; 20] = [
 const OF_THE_HOST: [&str; 8] =
     ["vfio-", "usb-host", "vhost-", "ivshmem", "virtio-9p", "scsi-generic", "scsi-block", "nvdimm"];
 
-/// Back ends of `-netdev` that are a clone's own.
-const OWN_NETWORKS: [&str; 2] = ["user", "hubport"];
+/// Back ends of `-netdev` that are a clone's own: QEMU's helper makes a new tap for each `bridge`.
+const OWN_NETWORKS: [&str; 3] = ["user", "hubport", "bridge"];
 
 /// Back ends of `-chardev` that are a clone's own.
 const OWN_DEVICES: [&str; 7] = ["null", "ringbuf", "pty", "stdio", "spicevmc", "msmouse", "testdev"];
@@ -104,6 +104,7 @@ const OWN_DEVICES: [&str; 7] = ["null", "ringbuf", "pty", "stdio", "spicevmc", "
 /// command.
 pub fn command(of: &[String], identity: &Identity) -> Result<Vec<String>> {
     check(identity)?;
+    let of = without_shared_memory(of);
     let mut rest = of.iter();
     let program = rest.next().ok_or_else(|| refused("the command", "it is empty"))?;
     let mut made = vec![program.clone()];
@@ -149,6 +150,56 @@ pub fn command(of: &[String], identity: &Identity) -> Result<Vec<String>> {
     let _ = saver::fresh_generation_id(&mut made);
     made.push("-S".to_owned());
     Ok(made)
+}
+
+/// The sockets, pipes, logs and other files of a command that a clone needs its own of, beside its disks.
+/// Relative ones are not among them.
+pub(crate) fn own_files(of: &[String]) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for pair in of.windows(2) {
+        let [option, value] = pair else { continue };
+        let Some(option) = option.strip_prefix("--").or_else(|| option.strip_prefix('-')) else { continue };
+        let parts = parts(value);
+        let text = |key: &str| parts.get(key).and_then(Value::as_str);
+        let log = text("logfile");
+        let files = match option {
+            "qmp" | "qmp-pretty" | "monitor" | "serial" | "parallel" => {
+                match split_scheme(text("").unwrap_or_default()) {
+                    ("unix:" | "file:" | "pipe:", path) => [Some(path), log],
+                    _ => [None, log],
+                }
+            }
+            "chardev" => [text("path"), log],
+            "pidfile" => [Some(value.as_str()), None],
+            _ => continue,
+        };
+        for file in files.into_iter().flatten().map(Path::new) {
+            if file.is_absolute() && !found.iter().any(|known| known == file) {
+                found.push(file.to_owned());
+            }
+        }
+    }
+    found
+}
+
+/// A command without the options by which domsnap maps the memory of a clone: a clone of a clone has the
+/// memory of its own snapshot.
+fn without_shared_memory(of: &[String]) -> Vec<String> {
+    let word = |at: usize| of.get(at).map(String::as_str).unwrap_or_default();
+    let is = |at: usize, option: &str| word(at).trim_start_matches('-') == option;
+    let shared = (1..of.len()).find_map(|at| {
+        let object: Value = serde_json::from_str(word(at + 1)).ok().filter(|_| is(at, "object"))?;
+        let is_ours = object["qom-type"] == "memory-backend-file"
+            && object["share"] == false
+            && object["readonly"] == true
+            && object["rom"] == "off";
+        let machine = format!("memory-backend={}", object["id"].as_str().filter(|_| is_ours)?);
+        let machine = (1..of.len()).find(|at| is(*at, "machine") && word(*at + 1) == machine)?;
+        Some([at, machine])
+    });
+    let Some(shared) = shared else { return of.to_vec() };
+    let is_left = |at: &usize| !shared.iter().any(|from| (*from..*from + 2).contains(at));
+    (0..of.len()).filter(is_left).map(|at| word(at).to_owned()).collect()
 }
 
 fn refused(option: &str, why: &str) -> Error {
@@ -253,6 +304,11 @@ impl Rewritten<'_> {
         let kind = kind.unwrap_or_default();
         if parts.keys().any(|key| key.ends_with("fd") || key.ends_with("fds")) {
             return Err("it names a descriptor, which only one process has".to_owned());
+        }
+        if let Some(log) = text("logfile")
+            && !self.identity.paths.iter().any(|(_, to)| to == Path::new(log))
+        {
+            return Err(format!("{log} is another machine's log"));
         }
         let is_own_path = |path: &str| self.identity.paths.iter().any(|(_, to)| to == Path::new(path));
         let own = |path: &str| match is_own_path(split_scheme(path).1) {

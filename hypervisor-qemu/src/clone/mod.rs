@@ -23,7 +23,9 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 pub use command::command;
+pub(crate) use command::own_files;
 pub use start::{Clone, Source, start};
+pub(crate) use start::start_as;
 
 /// The identity of a clone.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use snapcore::{Error, Result};
 use crate::{
     machine::Machine,
     memory::{Image, restore_deferred, restore_split},
-    saver::{Spawned, to_engine},
+    saver::{Spawned, Surroundings, to_engine},
     stream::{Mapping, Split},
 };
 
@@ -36,13 +36,23 @@ pub struct Clone {
 /// # Errors
 /// QEMU's, with its error output. No process is left.
 pub async fn start(command: Vec<String>, socket: &Path, source: Source<'_>) -> Result<Clone> {
+    start_as(command, socket, source, Surroundings::default()).await
+}
+
+/// As [`start`], in the surroundings of the machine whose memory was saved.
+pub(crate) async fn start_as(
+    command: Vec<String>,
+    socket: &Path,
+    source: Source<'_>,
+    surroundings: Surroundings,
+) -> Result<Clone> {
     let networks = networks(&command);
     let mut command = command;
     command.extend(["-incoming".to_owned(), "defer".to_owned()]);
     if let Source::Split(split, mapping) = source {
         command.extend(split.arguments(mapping).map_err(to_engine)?);
     }
-    let (spawned, machine) = Spawned::start(command, socket).await?;
+    let (spawned, machine) = Spawned::start(command, socket, surroundings).await?;
     let clone = Clone { spawned, machine, networks };
     let loaded = match source {
         Source::Image(image) => restore_deferred(&clone.machine, image, LOADING).await,

@@ -525,7 +525,7 @@ impl LiveDomain for QemuDomain {
                 remove_memory(image).await?;
             }
             // The engine's own.
-            DomainStep::Register { .. } => {}
+            DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
         }
         Ok(StepOutcome::default())
     }
@@ -545,7 +545,7 @@ impl LiveDomain for QemuDomain {
                 self.unpacked.release(image.require_path()?);
                 Ok(())
             }
-            DomainStep::ReopenByName { .. } | DomainStep::Register { .. } => Ok(()),
+            DomainStep::ReopenByName { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that cannot be undone was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))

@@ -11,6 +11,7 @@
 //! | `served` | the same of disks that a server of ours serves to QEMU |
 //! | `preflight` | obstacles to a plan, found before it is begun |
 //! | `describe` | the description of a domain, and the part of it that is recorded |
+//! | `clones` | clones with memory: their plan, their memory images, their start |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
 //! | `fresh` | a fresh generation ID in the command that starts a QEMU |
 //! | `unpacked` | compressed memory images between their check and their use |
@@ -26,6 +27,7 @@
 //! mark: an unused node that lives as long as the section can, until QEMU ends.
 
 mod address;
+mod clones;
 mod cut;
 mod describe;
 mod disk;
@@ -59,7 +61,8 @@ use camino::Utf8Path;
 use qmp::{Options, Qmp};
 use snapcore::backend::Progress;
 use snapcore::hypervisor::{
-    Control, DomainInfo, HypervisorProfile, LiveDomain, StartFromMemory, StepOutcome, VmStateSaver,
+    CloneMachines, ClonedMachines, Control, DomainInfo, HypervisorProfile, LiveDomain, StartClone,
+    StartFromMemory, StepOutcome, VmStateSaver,
 };
 use snapcore::{DiskAddress, Domain, Error, ErrorKind, Hypervisor, Registry, Result};
 use tokio::time::timeout;
@@ -246,6 +249,23 @@ impl VmStateSaver for Qemu {
         start::start(start, &self.unpacked).await
     }
 
+    async fn plan_clone(&self, clone: CloneMachines<'_>) -> Result<ClonedMachines> {
+        clones::plan(clone).await
+    }
+
+    async fn clone_memory(
+        &self,
+        image: &DiskAddress,
+        clones: &[DiskAddress],
+        shares: bool,
+    ) -> Result<Vec<String>> {
+        clones::give_memory(&self.unpacked, image, clones, shares).await
+    }
+
+    async fn start_clone(&self, start: StartClone<'_>) -> Result<StepOutcome> {
+        clones::start(start, &self.unpacked).await
+    }
+
     fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {
         secrets::shown_record(machine)
     }
@@ -292,6 +312,11 @@ async fn remove_memory(image: &DiskAddress) -> Result<()> {
 /// Removes a memory image and a draft of that name; the directory is flushed when this returns.
 fn remove_image(file: &Path) -> crate::Result<()> {
     let attempted = "removing a memory image";
+    if file.parent().is_some_and(|directory| !directory.exists()) {
+        return Ok(());
+    }
+    // What was made of it first: nothing names it without the image.
+    clones::remove_parts(file)?;
     Draft::remove_stale(file)?;
     confined_files::remove(file).map_err(|error| crate::Error::io(attempted, file, error))?;
     match confined_files::sync_directory_of(file) {
@@ -303,7 +328,7 @@ fn remove_image(file: &Path) -> crate::Result<()> {
 }
 
 pub(crate) use fresh::generation_id as fresh_generation_id;
-pub(crate) use start::Spawned;
+pub(crate) use start::{Spawned, Surroundings};
 
 /// Parses a machine that was recorded with a snapshot.
 fn recorded(record: &serde_json::Value) -> Result<Discovery> {

@@ -17,6 +17,7 @@ use snapcore::{ActivePath, Domain, Error, ErrorKind, Result};
 use tokio::time::sleep;
 
 use super::{
+    clones::usable,
     cut::MemoryMetadata,
     describe::DESCRIPTOR,
     error::{blocking, to_engine},
@@ -32,6 +33,7 @@ use crate::{
     generation_id,
     machine::Machine,
     memory::{Image, Stored, restore_in_place},
+    stream::{Mapping, Split},
 };
 
 /// Time limit until it answers.
@@ -99,8 +101,18 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         None => ran,
     };
     let record = machine.clone();
-    let Some(recipe) = recipe(&start, runs, machine.map(|machine| machine.process), &image, &abilities)?
-    else {
+    // A clone's memory may be taken apart, and its command is the one that its machine was planned with.
+    let planned = record.as_ref().map(|record| record.process.command_line.as_slice()).unwrap_or_default();
+    let is_planned = start.domain.control.as_ref().is_some_and(|control| control.start == planned);
+    let split = match is_planned && abilities.read_only_ram {
+        true => {
+            let path = file.to_owned();
+            blocking(move || Ok(usable(path.as_std_path()))).await?
+        }
+        false => None,
+    };
+    let process = machine.map(|machine| machine.process);
+    let Some(recipe) = recipe(&start, runs, process, (&image, split.as_ref()), &abilities)? else {
         facts.notes.push(format!(
             "the command that starts the domain is not known: start it with `-incoming` and {}, or register the domain with its \
              command",
@@ -238,7 +250,7 @@ fn recipe(
     start: &StartFromMemory<'_>,
     runs: Option<bool>,
     recorded: Option<Process>,
-    image: &Image,
+    (image, split): (&Image, Option<&Split>),
     abilities: &Abilities,
 ) -> Result<Option<Recipe>> {
     let configured = start.domain.control.as_ref().map(|control| control.start.clone()).unwrap_or_default();
@@ -270,7 +282,11 @@ fn recipe(
     if recipe.args.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
         recipe.cannot = Some("its command names descriptors, which only its supervisor can open".to_owned());
     }
-    let incoming = image.incoming(abilities).map_err(to_engine)?;
+    let incoming = match split {
+        Some(split) => split.incoming(abilities),
+        None => image.incoming(abilities),
+    };
+    let incoming = incoming.map_err(to_engine)?;
     let mut args = Vec::new();
     let mut skip = false;
     for word in recipe.args {
@@ -281,6 +297,9 @@ fn recipe(
             Some("incoming") => skip = true,
             _ => args.push(word),
         }
+    }
+    if let Some(split) = split {
+        args.extend(split.arguments(Mapping::ReadOnly).map_err(to_engine)?);
     }
     args.extend(["-incoming".to_owned(), incoming.argument().to_owned()]);
     if runs == Some(false) {
@@ -293,7 +312,7 @@ fn recipe(
 
 /// Lists the devices of a recorded machine that its command does not name, by their ids. A QEMU started by
 /// that command lacks devices that the memory has, and refuses it.
-fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
+pub(super) fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
     if args.iter().any(|word| word.trim_start_matches('-') == "readconfig") {
         return Vec::new();
     }
@@ -307,18 +326,29 @@ fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
     ids.filter(|id| !is_named(id)).map(str::to_owned).collect()
 }
 
+/// The environment and the working directory of a QEMU. Absent: those of this process.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Surroundings {
+    pub(crate) environment: Option<Vec<(String, String)>>,
+    pub(crate) directory: Option<PathBuf>,
+}
+
 /// A QEMU that waits for its memory. Dropping it kills it.
 pub(crate) struct Spawned(Option<Started>);
 
 impl Spawned {
     /// Starts a command that has `-incoming defer`, and waits until it answers at its QMP socket. No process
     /// is left after an error.
-    pub(crate) async fn start(command: Vec<String>, socket: &Path) -> Result<(Self, Machine)> {
+    pub(crate) async fn start(
+        command: Vec<String>,
+        socket: &Path,
+        surroundings: Surroundings,
+    ) -> Result<(Self, Machine)> {
         let recipe = Recipe {
             program: None,
             args: command,
-            environment: None,
-            directory: None,
+            environment: surroundings.environment,
+            directory: surroundings.directory,
             cannot: None,
             is_recorded: false,
             is_fresh: true,

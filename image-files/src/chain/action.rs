@@ -142,6 +142,9 @@ pub enum ChainStep {
         content: CloneContent,
         /// Its size, in bytes.
         virtual_size: u64,
+        /// The internal snapshot that it gets of its content. Absent: none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<String>,
     },
     /// Publishes clones, each a directory of its own.
     PublishClones {

@@ -1,9 +1,14 @@
 //! `clone`.
 
+use std::io::Read;
+
+use camino::Utf8Path;
+use snapcore::hypervisor::CloneNetwork;
 use snapcore::service::{CloneRequest, DomainRef, Request};
+use snapcore::{Error, ErrorKind};
 
 use crate::answer::Answer;
-use crate::args::CloneDomain;
+use crate::args::{CloneDomain, Network};
 use crate::commands::change::{dry_run, remarks};
 use crate::commands::domain::absolute;
 use crate::documents::CloneDoc;
@@ -20,6 +25,14 @@ pub fn run(session: &Session, args: CloneDomain) -> Result<Answer, Failure> {
     let request = CloneRequest::new(args.name.clone(), names.clone())
         .full(args.full)
         .disk_only(args.disk_only)
+        .memory(args.memory)
+        .start(args.start)
+        .network(match args.network {
+            Network::Off => CloneNetwork::Off,
+            Network::Same => CloneNetwork::Same,
+            Network::Swap => CloneNetwork::Swap,
+        })
+        .hook(args.run.as_deref().map(script).transpose()?)
         .directory(directory);
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Clone(request));
@@ -40,8 +53,32 @@ pub fn run(session: &Session, args: CloneDomain) -> Result<Answer, Failure> {
         for domain in &document.clones {
             let disks =
                 domain.disks.iter().map(|record| format!("{} {}", record.disk.target, record.disk.address));
-            text.push_str(&format!("  {}: {}\n", domain.name, disks.collect::<Vec<_>>().join(", ")));
+            let run = document.outcome.clones.iter().find(|clone| clone.name == domain.name);
+            let run = match run.map(|clone| clone.started.pid) {
+                Some(Some(pid)) => format!(", running as process {pid}"),
+                Some(None) => ", running".to_owned(),
+                None => String::new(),
+            };
+            text.push_str(&format!("  {}: {}{run}\n", domain.name, disks.collect::<Vec<_>>().join(", ")));
         }
         text + &remarks(&document.outcome)
     }))
+}
+
+/// Longest script.
+const LONGEST_SCRIPT: u64 = 256 << 10;
+
+/// Reads the script of `--run`.
+fn script(file: &Utf8Path) -> Result<Vec<u8>, Failure> {
+    let refused = |what: String| Error::new(ErrorKind::Usage, what).state("no changes made");
+    let opened = std::fs::File::open(file);
+    let mut script = Vec::new();
+    opened
+        .and_then(|opened| opened.take(LONGEST_SCRIPT + 1).read_to_end(&mut script))
+        .map_err(|cause| refused(format!("the script {file} cannot be read")).because(cause))?;
+    match script.len() as u64 {
+        1..=LONGEST_SCRIPT => Ok(script),
+        0 => Err(refused(format!("the script {file} is empty")).into()),
+        _ => Err(refused(format!("the script {file} has more than {LONGEST_SCRIPT} bytes")).into()),
+    }
 }

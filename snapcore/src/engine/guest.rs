@@ -50,7 +50,7 @@ impl Guest {
                 | DomainStep::SaveMemory { .. }
                 | DomainStep::CheckMemory { .. }
                 | DomainStep::RemoveMemory { .. }
-                | DomainStep::Register { .. },
+                | DomainStep::Register { .. } | DomainStep::CloneMemory { .. },
             ) => guest,
         }
     }

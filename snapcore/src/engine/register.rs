@@ -11,23 +11,23 @@ use crate::domain::Domain;
 use crate::error::{ErrorKind, Result};
 use crate::hypervisor::StepOutcome;
 use crate::shell::shell_command;
-use crate::snapshot::SnapshotTree;
+use crate::snapshot::{Snapshot, SnapshotTree};
 
 impl Running<'_> {
-    /// Registers `domains`. One that cannot be, because its name or an image got into use since the commit
+    /// Registers `domains`, each with its first snapshot if it has one. One that cannot be, because its name or an image got into use since the commit
     /// point, is a note: its disks are whole.
     ///
     /// # Errors
     /// Those of the catalogue.
-    pub(super) async fn register(&self, domains: &[Domain]) -> Result<StepOutcome> {
+    pub(super) async fn register(&self, domains: &[Domain], snapshots: &[Snapshot]) -> Result<StepOutcome> {
         let mut notes = Vec::new();
-        for domain in domains {
-            notes.extend(self.register_one(domain).await?);
+        for (number, domain) in domains.iter().enumerate() {
+            notes.extend(self.register_one(domain, snapshots.get(number)).await?);
         }
         Ok(StepOutcome { notes, ..StepOutcome::default() })
     }
 
-    async fn register_one(&self, domain: &Domain) -> Result<Option<String>> {
+    async fn register_one(&self, domain: &Domain, snapshot: Option<&Snapshot>) -> Result<Option<String>> {
         let catalogue = self.engine.catalogue;
         let is_this = |entry: &Entry| {
             let address = |domain: &Domain| domain.disks.first().map(|record| record.disk.address.clone());
@@ -38,10 +38,11 @@ impl Running<'_> {
             Some(entry) if is_this(&entry) => return Ok(None),
             Some(_) => return Ok(Some(not_registered(domain, "another domain has the name by now"))),
             None => {
-                let mut changes = vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())];
+                let snapshots: Vec<Snapshot> = snapshot.into_iter().cloned().collect();
+                let mut changes = vec![Change::PutDomain(Box::new(domain.clone()), snapshots.clone())];
                 changes.extend(self.bases_of(domain).await);
                 match catalogue.commit(&domain.name, Revision::ABSENT, changes).await {
-                    Ok(revision) => Entry::new(domain.clone(), SnapshotTree::default(), revision),
+                    Ok(revision) => Entry::new(domain.clone(), SnapshotTree::new(snapshots), revision),
                     Err(error) if error.kind() == ErrorKind::Exists => {
                         return Ok(Some(not_registered(
                             domain,

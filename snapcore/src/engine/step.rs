@@ -154,7 +154,11 @@ impl Running<'_> {
                 saver()?.remove_memory(image).await?;
                 return Ok(StepOutcome::default());
             }
-            DomainStep::Register { domains } => return self.register(domains).await,
+            DomainStep::CloneMemory { image, clones, shares } => {
+                let notes = saver()?.clone_memory(image, clones, *shares).await?;
+                return Ok(StepOutcome { notes, ..StepOutcome::default() });
+            }
+            DomainStep::Register { domains, snapshots } => return self.register(domains, snapshots).await,
             _ => {}
         }
         let Some(live) = self.engine.live else { return self.apply_at_rest(step).await };
@@ -240,6 +244,7 @@ impl Running<'_> {
             | DomainStep::SaveMemory { .. }
             | DomainStep::CheckMemory { .. }
             | DomainStep::RemoveMemory { .. }
+            | DomainStep::CloneMemory { .. }
             | DomainStep::Register { .. } => Err(Error::new(
                 ErrorKind::Internal,
                 "a step was planned for a running domain, and nothing is connected to it",
@@ -300,6 +305,13 @@ impl Running<'_> {
         match (step, self.engine.live) {
             (DomainStep::CheckMemory { image }, _) => {
                 self.engine.registry.hypervisor(&domain.hypervisor)?.release_memory(image).await
+            }
+            (DomainStep::CloneMemory { clones, .. }, _) => {
+                let saver = self.engine.registry.hypervisor(&domain.hypervisor)?;
+                for image in clones {
+                    saver.remove_memory(image).await?;
+                }
+                Ok(())
             }
             (DomainStep::SaveMemory { image, .. }, None) => {
                 self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(image).await

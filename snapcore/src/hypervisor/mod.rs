@@ -5,11 +5,13 @@
 //! open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no
 //! format.
 
+mod clone;
 mod live;
 mod memory;
 mod saver;
 mod step;
 
+pub use clone::{CloneMachines, CloneNetwork, ClonedMachines, MachinePlace, StartClone};
 pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
 pub use memory::{MemoryDirectory, MemoryStore};
 pub use saver::{Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver};

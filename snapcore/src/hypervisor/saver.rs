@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
+use super::clone::{CloneMachines, ClonedMachines, StartClone};
 use super::live::{LiveDomain, OpenChain};
 use super::memory::{MemoryDirectory, MemoryStore};
 use super::step::{PowerAfter, StepOutcome};
@@ -475,6 +476,48 @@ pub trait VmStateSaver: Send + Sync {
     /// returns the command for the user.
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome>;
 
+    /// Plans the machines of clones with memory: how each is reached, and its own record, which names its own
+    /// disks, sockets and command. Changes nothing.
+    ///
+    /// By default clones with memory are refused.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] or [`crate::ErrorKind::Unsupported`], naming the part of the machine that
+    /// cannot be in a clone; [`crate::ErrorKind::NoSpace`].
+    async fn plan_clone(&self, clone: CloneMachines<'_>) -> Result<ClonedMachines> {
+        let domain = &clone.domain.name;
+        Err(no_clones(format!("the hypervisor of domain {domain} makes no clones with memory")))
+    }
+
+    /// Gives each clone the memory of `image`, under its own address: further names, or copies. With `shares`
+    /// ([`ClonedMachines::shares`]) it is prepared so that their guests share what none of them writes.
+    /// Returns notes.
+    ///
+    /// No file that a clone uses is changed, then or later: [`VmStateSaver::remove_memory`] of the snapshot
+    /// or of another clone takes names away. The new names are durable when this returns. It may be repeated
+    /// after a crash; [`VmStateSaver::remove_memory`] of each address takes it back.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NoSpace`], [`crate::ErrorKind::Corrupt`] and others.
+    async fn clone_memory(
+        &self,
+        image: &DiskAddress,
+        clones: &[DiskAddress],
+        shares: bool,
+    ) -> Result<Vec<String>> {
+        let _ = (clones, shares);
+        Err(no_clones(format!("the memory image {image} cannot be cloned")))
+    }
+
+    /// Starts a clone with memory, after its registration.
+    ///
+    /// # Errors
+    /// Any failure. No process is left then, and the clone is as at its registration, except that its guest
+    /// may have run: a revert to its snapshot takes that back.
+    async fn start_clone(&self, start: StartClone<'_>) -> Result<StepOutcome> {
+        Err(no_clones(format!("the hypervisor of domain {} starts no clones", start.domain.name)))
+    }
+
     /// Returns a machine's record ([`DomainInfo::machine`]) fit for display: without its secrets, such as
     /// passwords on a recorded command line.
     fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {
@@ -522,4 +565,10 @@ pub trait VmStateSaver: Send + Sync {
         let _ = images;
         Ok(Vec::new())
     }
+}
+
+fn no_clones(message: String) -> Error {
+    Error::new(ErrorKind::Unsupported, message).state("no changes made").advise(
+        "clone the disks alone with --disk-only: the clone then starts as after a power failure",
+    )
 }

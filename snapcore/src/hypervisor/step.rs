@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::DiskAddress;
 use crate::domain::Domain;
 use crate::name::Target;
-use crate::snapshot::Consistency;
+use crate::snapshot::{Consistency, Snapshot};
 
 /// Freezing of the guest's file systems during the cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
@@ -225,6 +225,23 @@ pub enum DomainStep {
     Register {
         /// The domains.
         domains: Vec<Domain>,
+        /// The first snapshot of each, in the same order: the one that it is a clone of, with memory. Empty:
+        /// they have none.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        snapshots: Vec<Snapshot>,
+    },
+    /// Gives clones the memory of a snapshot, in the directories in which they are made. The engine asks the
+    /// hypervisor for it without a connection to the domain. Undo removes it.
+    CloneMemory {
+        /// The snapshot's memory image.
+        #[serde(rename = "file")]
+        #[schemars(with = "String")]
+        image: DiskAddress,
+        /// The memory image of each clone, by its address until the clones are published.
+        #[schemars(with = "Vec<String>")]
+        clones: Vec<DiskAddress>,
+        /// True if the guests are to share what none of them writes.
+        shares: bool,
     },
 }
 

@@ -10,18 +10,27 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::merged::{Merged, of_domain};
 use super::{DiskInput, Planner, require_single_tag, stamp};
 use crate::backend::{CloneDisk, ClonePlace, ClonePlan};
-use crate::domain::{DiskRecord, Domain};
+use crate::address::DiskAddress;
+use crate::domain::{DiskRecord, Domain, Machine};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::DomainStep;
+use crate::hypervisor::{
+    CloneMachines, CloneNetwork, ClonedMachines, Control, DomainStep, MachinePlace, VmStateSaver,
+};
 use crate::name::DomainName;
 use crate::request::CloneRequest;
-use crate::shape::{FinishUnit, OF_CLONES, Plan};
-use crate::snapshot::Snapshot;
+use crate::shape::{FinishUnit, OF_CLONES, Plan, PlanStep};
+use crate::snapshot::{DiskPoint, MemoryPoint, Snapshot};
 
 impl Planner<'_> {
-    pub(super) async fn clones(&self, request: &CloneRequest) -> Result<Plan> {
+    pub(super) async fn clones(
+        &self,
+        request: &CloneRequest,
+        saver: Option<&dyn VmStateSaver>,
+    ) -> Result<Plan> {
         let wanted = self.named(&request.snapshot)?;
         self.refuse_lost_memory(wanted, request)?;
+        refuse_start_options(request)?;
+        let memory = self.memory_to_clone(wanted, request, saver)?;
         refuse_twice(&request.clones)?;
         let stamp = stamp();
         let parent = match &request.directory {
@@ -32,6 +41,7 @@ impl Planner<'_> {
             request.clones.iter().map(|name| ClonePlace::new(name.clone(), &parent, stamp)).collect();
         let mut merged = Merged::default();
         let mut disks: Vec<Vec<DiskRecord>> = vec![Vec::new(); places.len()];
+        let mut points: Vec<Vec<DiskPoint>> = vec![Vec::new(); places.len()];
         for disk in self.disks {
             let Some(member) = wanted.point(disk.target()) else {
                 let (target, why) = (disk.target(), wanted.why_without(disk.target()));
@@ -42,12 +52,19 @@ impl Planner<'_> {
             require_single_tag(disk, &member.point)?;
             let ask = CloneDisk::new(member.point.clone(), places.clone(), stamp)
                 .full(request.full)
+                .keep(memory.as_ref().map(|_| wanted.name.to_string()))
                 .active_path(self.domain.active_path);
-            let ClonePlan { plan, disks: made } =
+            let ClonePlan { plan, disks: made, points: kept } =
                 disk.backend.plan_clone(&disk.record, &disk.state, &ask).await?;
             require_answer(disk, places.len(), &made)?;
+            if memory.is_some() && kept.len() != places.len() {
+                return Err(no_point_kept(disk));
+            }
             for (of_clone, record) in disks.iter_mut().zip(made) {
                 of_clone.push(record);
+            }
+            for (of_clone, point) in points.iter_mut().zip(kept) {
+                of_clone.push(point);
             }
             merged.add(plan);
         }
@@ -66,14 +83,38 @@ impl Planner<'_> {
             )
             .state("no changes made"));
         }
-        let domains: Vec<Domain> =
+        let mut domains: Vec<Domain> =
             places.iter().zip(disks).map(|(place, disks)| self.cloned(place, disks)).collect();
+        let mut snapshots = Vec::new();
+        if let Some(memory) = memory {
+            let machines = self.machines(&memory, &places, &domains, request).await?;
+            merged.notes.extend(machines.notes.iter().cloned());
+            let unfinished =
+                (domains.iter_mut().zip(&places).zip(points).zip(machines.controls.into_iter().zip(machines.records)))
+                    .map(|(((domain, place), points), (control, record))| {
+                        let snapshot = memory.given_to(domain, place, points, control, record);
+                        let image = memory_name(&snapshot);
+                        snapshots.push(snapshot);
+                        DiskAddress::from(place.unfinished.join(image))
+                    });
+            let clones: Vec<DiskAddress> = unfinished.collect();
+            let summary = match machines.shares {
+                true => "take the memory apart once, and give it to each clone",
+                false => "give the memory to each clone",
+            };
+            let step = DomainStep::CloneMemory {
+                image: memory.point.image.clone(),
+                clones,
+                shares: machines.shares,
+            };
+            merged.prepare.push(PlanStep::Domain(of_domain(step, summary)));
+        }
         let summary = match &request.clones[..] {
             [only] => format!("register domain {only}"),
             [first, .., last] => format!("register {} domains, {first} to {last}", domains.len()),
             [] => String::new(),
         };
-        merged.finish.push(FinishUnit::Domain(of_domain(DomainStep::Register { domains }, summary)));
+        merged.finish.push(FinishUnit::Domain(of_domain(DomainStep::Register { domains, snapshots }, summary)));
         merged.plan(OF_CLONES, vec![wanted.name.clone()])
     }
 
@@ -92,21 +133,162 @@ impl Planner<'_> {
         directories.find(is_of_files).unwrap_or(Utf8Path::new("/")).to_owned()
     }
 
-    /// Refuses a clone that would silently be without the snapshot's memory.
+    /// Refuses a clone that would silently be with or without the snapshot's memory.
     fn refuse_lost_memory(&self, wanted: &Snapshot, request: &CloneRequest) -> Result<()> {
-        if wanted.memory.is_none() || request.disk_only {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Refused,
-            format!(
-                "snapshot {} of domain {} has memory, and a clone gets disks alone",
-                wanted.name, self.domain.name
+        let refused = |what: String, advice: &str| {
+            Err(Error::new(ErrorKind::Refused, what).state("no changes made").advise(advice))
+        };
+        let of = format!("snapshot {} of domain {}", wanted.name, self.domain.name);
+        match (&wanted.memory, request.memory, request.disk_only) {
+            (_, true, true) => {
+                Err(Error::new(ErrorKind::Usage, "a clone has memory, or is of the disks alone: not both")
+                    .state("no changes made")
+                    .advise("say --memory or --disk-only"))
+            }
+            (Some(_), false, false) => refused(
+                format!("{of} has memory, and it is not said if the clone gets it"),
+                "say --memory: the clone continues where the snapshot was taken; or --disk-only: it starts \
+                 from its disks as after a power failure",
             ),
-        )
-        .state("no changes made")
-        .advise("say --disk-only: the clone then starts from disks as after a power failure"))
+            (None, true, _) => refused(
+                format!("{of} has no memory"),
+                "clone its disks, without --memory; or clone a snapshot that has memory (`domsnap list` shows \
+                 which have)",
+            ),
+            (Some(_), true, false) | (Some(_), false, true) | (None, false, _) => Ok(()),
+        }
     }
+
+    /// The memory that clones are to have.
+    fn memory_to_clone<'a>(
+        &'a self,
+        wanted: &'a Snapshot,
+        request: &CloneRequest,
+        saver: Option<&'a dyn VmStateSaver>,
+    ) -> Result<Option<Memory<'a>>> {
+        let Some(point) = wanted.memory.as_ref().filter(|_| request.memory) else { return Ok(None) };
+        let machine = wanted.machine.as_deref().and_then(|id| self.domain.machine(id));
+        let (Some(saver), Some(machine)) = (saver, machine) else {
+            let what = match saver {
+                None => format!("domain {} is registered without a hypervisor", self.domain.name),
+                Some(_) => format!("the machine of snapshot {} is not recorded", wanted.name),
+            };
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("{what}, so that no clone can continue from its memory"),
+            )
+            .state("no changes made")
+            .advise("clone the disks alone, with --disk-only"));
+        };
+        Ok(Some(Memory { point, machine, snapshot: wanted, source: self.domain, saver }))
+    }
+
+    /// The machines of the clones, of which `domains` have the disks.
+    async fn machines(
+        &self,
+        memory: &Memory<'_>,
+        places: &[ClonePlace],
+        domains: &[Domain],
+        request: &CloneRequest,
+    ) -> Result<ClonedMachines> {
+        let of_disk = |record: &DiskRecord| {
+            let source = self.domain.disk(&record.disk.target)?;
+            Some((source.disk.address.clone(), record.disk.address.clone()))
+        };
+        let machines: Vec<MachinePlace> = places
+            .iter()
+            .zip(domains)
+            .map(|(place, domain)| {
+                let disks = domain.disks.iter().filter_map(of_disk).collect();
+                MachinePlace::new(place.domain.clone(), place.directory.clone(), disks)
+            })
+            .collect();
+        let ask = CloneMachines::new(self.domain, &memory.machine.record, &memory.point.image, &machines)
+            .network(request.network)
+            .hook(request.hook.is_some());
+        let made = memory.saver.plan_clone(ask).await?;
+        match made.controls.len() == places.len() && made.records.len() == places.len() {
+            true => Ok(made),
+            false => Err(Error::new(
+                ErrorKind::Internal,
+                format!("the hypervisor planned other machines than those of {} clones", places.len()),
+            )
+            .state("no changes made")
+            .advise("this is a defect of the hypervisor's driver; please report it")),
+        }
+    }
+}
+
+/// The memory that clones are to have.
+struct Memory<'a> {
+    point: &'a MemoryPoint,
+    machine: &'a Machine,
+    snapshot: &'a Snapshot,
+    source: &'a Domain,
+    saver: &'a dyn VmStateSaver,
+}
+
+impl Memory<'_> {
+    /// Gives a clone its machine; returns its first snapshot, which it continues from. A clone is a domain
+    /// with that snapshot: so a revert to it, as often as the user wants, never combines the memory with
+    /// disks that were written since.
+    fn given_to(
+        &self,
+        domain: &mut Domain,
+        place: &ClonePlace,
+        points: Vec<DiskPoint>,
+        control: Control,
+        record: serde_json::Value,
+    ) -> Snapshot {
+        let machine = Machine::new(record, self.machine.summary.clone());
+        let wanted = self.snapshot;
+        let snapshot = Snapshot::new(wanted.name.clone(), wanted.created, points)
+            .description(wanted.description.clone())
+            .consistency(wanted.consistency)
+            .machine(Some(machine.id.clone()));
+        let image = place.directory.join(memory_name(&snapshot));
+        let point = MemoryPoint { image: image.into(), ..self.point.clone() };
+        domain.hypervisor = self.source.hypervisor.clone();
+        // Everything of the clone is in its directory.
+        domain.control = Some(control.memory_dir(Some(place.directory.clone().into())));
+        domain.machines = vec![machine];
+        domain.current = Some(snapshot.id);
+        snapshot.memory(Some(point))
+    }
+}
+
+/// The file name of the memory of a clone's first snapshot.
+fn memory_name(snapshot: &Snapshot) -> String {
+    format!("{}.memory", snapshot.id)
+}
+
+/// Refuses options of a start without a start.
+fn refuse_start_options(request: &CloneRequest) -> Result<()> {
+    let option = match request {
+        CloneRequest { start: true, memory: false, .. } => "--start needs --memory",
+        CloneRequest { start: false, hook: Some(_), .. } => "--run needs --start",
+        CloneRequest { start: false, network: CloneNetwork::Same | CloneNetwork::Swap, .. } => {
+            "--network needs --start"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::Usage, option).state("no changes made").advise(
+        "a clone of disks alone is started as any domain is; one with memory by --start, or by a revert to its snapshot",
+    ))
+}
+
+/// The refusal of a disk whose clone would not have the point.
+fn no_point_kept(disk: &DiskInput) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "{}: a clone of a disk of the format {} does not keep the snapshot, and could not be reverted to its memory",
+            disk.target(),
+            disk.backend.format()
+        ),
+    )
+    .state("no changes made")
+    .advise("clone the disks alone, with --disk-only; or give the domain qcow2 disks")
 }
 
 fn refuse_twice(names: &[DomainName]) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk};
+use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk, VmStateSaver};
 use crate::name::{SnapshotName, Target};
 use crate::request::{
     CreateDisk, CreateRequest, DeleteRequest, DeleteScope, KeepPrevious, Request, RevertRequest, is_reserved,
@@ -63,7 +63,8 @@ impl DiskInput {
 }
 
 /// Returns the plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are
-/// `disks`, in the domain's order. `alive` is present where the domain runs.
+/// `disks`, in the domain's order. `alive` is present where the domain runs, and `saver` where a
+/// hypervisor runs it.
 ///
 /// # Errors
 /// An error in the request ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), or the
@@ -73,6 +74,7 @@ pub(crate) async fn plan(
     tree: &SnapshotTree,
     disks: &[DiskInput],
     alive: Option<&RunningDomain<'_>>,
+    saver: Option<&dyn VmStateSaver>,
     request: &Request,
 ) -> Result<Plan> {
     let planner = Planner { domain, tree, disks, alive };
@@ -83,7 +85,7 @@ pub(crate) async fn plan(
         Request::Tidy => planner.tidy().await,
         Request::Undo(undo) if undo.forget => planner.forget().await,
         Request::Undo(undo) => planner.revert(&undo.as_revert(tree, alive.is_some())?).await,
-        Request::Clone(clone) => planner.clones(clone).await,
+        Request::Clone(clone) => planner.clones(clone, saver).await,
         Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
             records_only(domain, tree, request, Timestamp::now())
         }

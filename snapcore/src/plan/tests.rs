@@ -61,7 +61,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
     let tree = SnapshotTree::new(vec![found]);
     let mut plans = Vec::new();
     for request in requests {
-        plans.push(plan(&domain, &tree, &disks, Some(&alive), request).await);
+        plans.push(plan(&domain, &tree, &disks, Some(&alive), None, request).await);
     }
     plans
 }

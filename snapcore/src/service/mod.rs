@@ -44,6 +44,6 @@ pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, PastOperation,
-    Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, Unfinished,
+    Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, StartedClone, Unfinished,
 };
 pub use viewer::Belonging;

@@ -53,6 +53,18 @@ pub struct Outcome {
     /// For a revert or an undo: true if the replaced state is kept, so that an undo brings it back.
     #[serde(default)]
     pub kept: bool,
+    /// The clones that were started, in the order of their names in the request.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clones: Vec<StartedClone>,
+}
+
+/// A clone that was started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct StartedClone {
+    /// Its name.
+    pub name: DomainName,
+    /// The process that runs it.
+    pub started: StartedDomain,
 }
 
 /// Deferred steps of one disk, or of the domain.

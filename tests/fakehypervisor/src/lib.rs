@@ -350,7 +350,7 @@ impl LiveDomain for Live {
                 })?;
             }
             DomainStep::RemoveMemory { image } => remove_memory(image)?,
-            DomainStep::Media { .. } | DomainStep::Register { .. } => {}
+            DomainStep::Media { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
         }
         Ok(facts)
     }
@@ -379,7 +379,7 @@ impl LiveDomain for Live {
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. }
-            | DomainStep::Register { .. } => Ok(()),
+            | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
         }
     }
 

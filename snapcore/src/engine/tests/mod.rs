@@ -155,7 +155,7 @@ impl Bench {
                 backend: AnyDiskSnapshotter::of(Arc::new(self.backend.clone())),
             });
         }
-        let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;
+        let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, None, request).await?;
         let tools = self.tools();
         let engine = tools.engine(&self.catalogue);
         engine.run(&mut entry, plan, Vec::new(), cancel).await

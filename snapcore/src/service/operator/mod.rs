@@ -177,5 +177,6 @@ fn outcome_of(entry: &Entry, saver: Option<&dyn VmStateSaver>, plan: Plan, run: 
         guest: run.guest,
         started: run.started,
         kept,
+        clones: Vec::new(),
     }
 }

@@ -102,7 +102,10 @@ impl Planning {
             self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
         let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
-        let mut plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
+        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+        let saver = saver.as_deref();
+        let mut plan =
+            crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), saver, request).await?;
         plan.notes.extend(without);
         if let Some(live) = live {
             live.preflight(&plan, &[], false).await?;
