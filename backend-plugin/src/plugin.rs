@@ -320,12 +320,15 @@ impl DiskSnapshotter for Plugin {
 
     /// Returns no capabilities if the plug-in cannot be asked.
     fn capabilities(&self) -> Capabilities {
-        self.greet().unwrap_or_else(|error| {
+        let mut declared = self.greet().unwrap_or_else(|error| {
             tracing::warn!(%error, "asking a plug-in what it can do");
             let mut nothing = Capabilities::new(PointKind::Internal, 1);
             (nothing.internal, nothing.delete_in_chain, nothing.snapshot_of_snapshot) = (false, false, false);
             nothing
-        })
+        });
+        // The protocol has no calls for it.
+        declared.reads_points = false;
+        declared
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {

@@ -11,8 +11,9 @@ use image_files::{
     manifests_beside, names, open_files,
 };
 use snapcore::backend::{
-    AdviceOn, Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter,
-    DiskState, FileUses, Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+    AdviceOn, Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest,
+    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Leftover, PointImage, Salvage,
+    Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
@@ -28,6 +29,7 @@ use crate::dependents;
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{Limits, Qcow2Chain};
 use crate::preflight;
+use crate::reading;
 use crate::steps::StepRunner;
 use crate::tags;
 use image_files::layers;
@@ -130,7 +132,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::Internal, self.limits.max_depth).both_kinds().live()
+        Capabilities::new(PointKind::Internal, self.limits.max_depth).both_kinds().live().reads_points()
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
@@ -240,6 +242,34 @@ impl DiskSnapshotter for Qcow2 {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let max_depth = self.limits.max_depth;
         blocking(move || clone::plan(&disk, &state, &request, max_depth)).await
+    }
+
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        point: &Point,
+    ) -> Result<Arc<dyn PointImage>> {
+        let (disk, state, point, bases) =
+            (disk.clone(), state.clone(), point.clone(), self.chain.bases.clone());
+        blocking(move || Ok(Arc::new(reading::open(&disk, &state, &point, &bases)?) as Arc<dyn PointImage>))
+            .await
+    }
+
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        from: &Point,
+        to: &Point,
+    ) -> Result<Differences> {
+        let (disk, state, bases) = (disk.clone(), state.clone(), self.chain.bases.clone());
+        let (from, to) = (from.clone(), to.clone());
+        blocking(move || {
+            let open = |point| reading::open(&disk, &state, point, &bases);
+            reading::compare(open(&from)?, open(&to)?)
+        })
+        .await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

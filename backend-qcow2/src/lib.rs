@@ -15,6 +15,7 @@ pub mod image;
 mod layers;
 mod overlay;
 mod preflight;
+mod reading;
 mod salvage;
 mod steps;
 mod tags;

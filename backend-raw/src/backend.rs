@@ -11,9 +11,9 @@ use image_files::{
 };
 use rustix::fs::OFlags;
 use snapcore::backend::{
-    Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
-    FileUses, Finding, Guard, InspectDepth, Layer, Leftover, Progress, Salvage, Severity, StepContext,
-    StepStatus,
+    Capabilities, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest, DiskSnapshotter,
+    DiskState, FileUses, Finding, Guard, InspectDepth, Layer, Leftover, PointImage, Progress, Salvage,
+    Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::manifest::ManifestStore;
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::copy::{self, Watch};
 use crate::layers;
 use crate::plan::{self, METHODS};
+use crate::reading;
 use crate::steps::{self, RawStep, StepRunner};
 
 /// Disks that are raw files.
@@ -70,7 +71,7 @@ impl DiskSnapshotter for Raw {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, 1).live().methods(METHODS)
+        Capabilities::new(PointKind::External, 1).live().methods(METHODS).reads_points()
     }
 
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<RawStep>) -> Leftover {
@@ -136,6 +137,31 @@ impl DiskSnapshotter for Raw {
     ) -> Result<ClonePlan<RawStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         blocking(move || plan::clones(&disk, &state, &request)).await
+    }
+
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        point: &Point,
+    ) -> Result<Arc<dyn PointImage>> {
+        let (disk, state, point) = (disk.clone(), state.clone(), point.clone());
+        blocking(move || Ok(Arc::new(reading::open(&disk, &state, &point)?) as Arc<dyn PointImage>)).await
+    }
+
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        from: &Point,
+        to: &Point,
+    ) -> Result<Differences> {
+        let (disk, state, from, to) = (disk.clone(), state.clone(), from.clone(), to.clone());
+        blocking(move || {
+            let open = |point| reading::open(&disk, &state, point);
+            reading::compare(open(&from)?, open(&to)?)
+        })
+        .await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

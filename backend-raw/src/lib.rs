@@ -21,6 +21,7 @@ mod copy;
 mod layers;
 mod place;
 mod plan;
+mod reading;
 mod steps;
 
 use std::sync::Arc;

@@ -11,8 +11,9 @@ use image_files::{
     open_files,
 };
 use snapcore::backend::{
-    Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
-    FileUses, Finding, Guard, InspectDepth, Leftover, Salvage, Severity, StepContext, StepStatus,
+    Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest,
+    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Leftover, PointImage, Salvage,
+    Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
@@ -25,6 +26,7 @@ use crate::attached;
 use crate::clone;
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
 use crate::layers::{Limits, VhdChain, bases, file_of, reading};
+use crate::reading;
 use crate::refusal;
 use crate::served;
 use crate::steps::StepRunner;
@@ -96,7 +98,7 @@ impl DiskSnapshotter for VhdFiles {
 
     fn capabilities(&self) -> Capabilities {
         // Of a disk that QEMU itself has open, a point is the image under a qcow2 overlay.
-        Capabilities::new(PointKind::External, self.limits.max_depth).live().methods([OVERLAY])
+        Capabilities::new(PointKind::External, self.limits.max_depth).live().methods([OVERLAY]).reads_points()
     }
 
     /// QEMU's name of the format is `vpc`.
@@ -204,6 +206,33 @@ impl DiskSnapshotter for VhdFiles {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let limits = self.limits.clone();
         blocking(move || clone::plan(&disk, &state, &request, &limits)).await
+    }
+
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        point: &Point,
+    ) -> Result<Arc<dyn PointImage>> {
+        let (disk, state, point, limits) = (disk.clone(), state.clone(), point.clone(), self.limits.clone());
+        blocking(move || Ok(Arc::new(reading::open(&disk, &state, &point, &limits)?) as Arc<dyn PointImage>))
+            .await
+    }
+
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        from: &Point,
+        to: &Point,
+    ) -> Result<Differences> {
+        let (disk, state, limits) = (disk.clone(), state.clone(), self.limits.clone());
+        let (from, to) = (from.clone(), to.clone());
+        blocking(move || {
+            let open = |point| reading::open(&disk, &state, point, &limits);
+            reading::compare(open(&from)?, open(&to)?)
+        })
+        .await
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {

@@ -11,6 +11,7 @@ mod base;
 mod clone;
 pub mod image;
 mod layers;
+mod reading;
 mod refusal;
 mod salvage;
 mod served;

@@ -120,6 +120,10 @@ fn kind_text(kind: FileType) -> &'static str {
     }
 }
 
+/// A lock on a directory.
+#[derive(Debug)]
+pub struct DirectoryLock(#[expect(dead_code, reason = "the descriptor is the lock")] OwnedFd);
+
 /// An open directory. Names in it are looked up by its descriptor, so it stays the same directory whatever is
 /// renamed.
 #[derive(Debug)]
@@ -456,6 +460,30 @@ impl Directory {
             names.push(OsStr::from_bytes(name).to_owned());
         }
         Ok(names)
+    }
+
+    /// Locks the directory against others that lock it, until the value is dropped or the process ends.
+    /// Returns `None` if another has locked it.
+    ///
+    /// # Errors
+    /// The system's; some file systems of other machines cannot lock directories.
+    pub fn try_lock(&self) -> io::Result<Option<DirectoryLock>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = sys::openat(&self.fd, ".", flags, Mode::empty())?;
+        match sys::flock(&fd, sys::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(DirectoryLock(fd))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Bytes that this user can still write on its file system.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let found = sys::fstatvfs(&self.fd)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
     /// Makes its names durable.

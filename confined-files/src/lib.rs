@@ -27,8 +27,8 @@ mod trust;
 
 pub use attributes::{Attributes, copy_attributes};
 pub use directory::{
-    Directory, Kind, Look, create_private, is_trusted_link, open, open_regular, open_to_write, refusal,
-    refused, remove, rename, sync_directory_of,
+    Directory, DirectoryLock, Kind, Look, create_private, is_trusted_link, open, open_regular, open_to_write,
+    refusal, refused, remove, rename, sync_directory_of,
 };
 pub use name::{BadName, FileName};
 pub use trust::{Writers, foreign_place, foreign_writers, is_trusted};

@@ -89,6 +89,10 @@ pub enum Command {
     Delete(Delete),
     /// Make new domains of a snapshot's disks; the domain may run, and its files stay as they are
     Clone(CloneDomain),
+    /// Show which extents of the disks differ between two snapshots
+    Diff(Diff),
+    /// Copy a snapshot into a directory, from which any QEMU restores it; the domain may run
+    Export(Export),
     /// Bring back the state that the last revert replaced
     Undo(Undo),
     /// Hold a snapshot, so that it is not deleted
@@ -378,6 +382,66 @@ pub enum Network {
     Same,
     /// Links up, on devices with new MAC addresses
     Swap,
+}
+
+/// Forms in which differences are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiffFormat {
+    /// A table, for people
+    Table,
+    /// The same document as --json
+    Json,
+    /// The form of `qemu-img map --output=json`, of one disk: depth 0 is what differs
+    Map,
+}
+
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// The domain
+    pub domain: DomainRef,
+    /// The first snapshot
+    #[arg(value_name = "A")]
+    pub from: SnapshotName,
+    /// The second snapshot; without it the current state of a domain that does not run
+    #[arg(value_name = "B")]
+    pub to: Option<SnapshotName>,
+    /// Compare this disk only; may be repeated
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub disks: Vec<Target>,
+    /// Compare the data where the metadata says that they may differ
+    #[arg(long)]
+    pub exact: bool,
+    /// The form of the output [default: table]
+    #[arg(long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<DiffFormat>,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    #[arg(required_unless_present = "all")]
+    pub name: Option<SnapshotName>,
+    /// The directory of exports; it is made if it does not exist. `-`: write one disk to standard output, raw
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub to: Utf8PathBuf,
+    /// Export what changed since this snapshot, of which the directory has an export
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with = "all")]
+    pub since: Option<SnapshotName>,
+    /// Export all snapshots that the directory does not have, each as an increment to the one that it derives
+    /// from
+    #[arg(long, conflicts_with = "name")]
+    pub all: bool,
+    /// Export this disk only; may be repeated
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub disks: Vec<Target>,
+    /// Export the disks alone, of a snapshot that has memory too
+    #[arg(long)]
+    pub disk_only: bool,
+    /// Print what would be done; make no changes
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -793,8 +857,12 @@ pub struct Recover {
 
 #[derive(Debug, Args)]
 pub struct Import {
-    /// The images, joined by commas, or the name of a registered domain
+    /// The images, joined by commas, or the name of a registered domain; with --to a directory of exports
     pub domain: DomainRef,
+    /// Copy the exports of a directory, which `export` made, into this new directory, and register the copies
+    /// as a domain
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["replace", "trust"])]
+    pub to: Option<Utf8PathBuf>,
     /// Register the domain under this name
     #[arg(long)]
     pub name: Option<DomainName>,

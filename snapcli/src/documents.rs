@@ -326,6 +326,35 @@ pub struct CloneDoc {
     pub outcome: Outcome,
 }
 
+/// One export.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ExportedDoc {
+    /// The snapshot.
+    pub snapshot: SnapshotName,
+    /// The snapshot whose export it is an increment to; null: all data.
+    pub since: Option<SnapshotName>,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// The entry in the directory's manifest; null for a dry run.
+    pub export: Option<export_directory::Export>,
+}
+
+/// `export`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ExportDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// The directory.
+    #[schemars(with = "String")]
+    pub directory: Utf8PathBuf,
+    /// True if nothing was written.
+    pub dry_run: bool,
+    /// The exports that were added.
+    pub exports: Vec<ExportedDoc>,
+    /// Messages for the user.
+    pub notes: Vec<String>,
+}
+
 /// `revert`, `undo`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RevertDoc {
@@ -647,7 +676,7 @@ pub fn schema() -> serde_json::Value {
     }
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
-        "clone": CloneDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
+        "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,

@@ -59,6 +59,12 @@ impl Failure {
         Self { error: Box::new(self.error.state(state)), changing: true, started: true }
     }
 
+    /// The same failure of a command that had done a part, and what that left.
+    #[must_use]
+    pub fn left(self, state: &str) -> Self {
+        Self { error: Box::new(self.error.state(state)), changing: true, started: true }
+    }
+
     /// The exit status.
     pub fn exit(&self) -> u8 {
         match self.error.kind() {

@@ -3,12 +3,15 @@
 use std::cell::{OnceCell, RefCell};
 use std::future::{Future, poll_fn};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
+use std::time::Duration;
 
 use camino::Utf8PathBuf;
 use catalogue_sqlite::SqliteCatalogue;
-use snapcore::service::Domsnap;
-use snapcore::{DomainName, Error, ErrorKind, Result};
+use snapcore::catalogue::OperationId;
+use snapcore::service::{Domsnap, Event};
+use snapcore::{DomainName, Error, ErrorKind, Result, SnapshotName, backend};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -91,6 +94,55 @@ impl Session {
         done.map_err(|error| Failure::of(error, started))
     }
 
+    /// Runs `work`, which copies `bytes`, on a thread of its own: shows its progress, and stops it at the
+    /// first interrupt.
+    pub fn copy<T: Send>(
+        &self,
+        kind: &str,
+        domain: &DomainName,
+        snapshot: &SnapshotName,
+        bytes: u64,
+        work: impl FnOnce(&dyn backend::Progress, &(dyn Fn() -> bool + Sync)) -> Result<T> + Send,
+    ) -> Result<T, Failure> {
+        let mut progress = Progress::new(&self.global);
+        let operation = OperationId::fresh();
+        progress.report(Event::Started {
+            operation,
+            domain: domain.clone(),
+            kind: kind.to_owned(),
+            snapshots: vec![snapshot.clone()],
+            steps: 1,
+            bytes,
+        });
+        let runtime = Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
+        let moved = Moved(AtomicU64::new(0));
+        let cancel = self.cancel();
+        let cancelled = || cancel.is_cancelled();
+        let done = std::thread::scope(|threads| {
+            let (moved, cancelled) = (&moved, &cancelled);
+            let worker = threads.spawn(move || work(moved, cancelled));
+            runtime.block_on(async {
+                let mut interrupted = Interrupts::listen()?;
+                let mut tick = tokio::time::interval(DRAWN_EVERY);
+                while !worker.is_finished() {
+                    tokio::select! {
+                        _ = tick.tick() => {
+                            let done = moved.0.load(Ordering::Relaxed);
+                            progress.report(Event::Progress { operation, index: 0, done, total: bytes });
+                        }
+                        () = interrupted.next() => progress.interrupted(&self.cancel),
+                    }
+                }
+                Ok::<_, Error>(())
+            })?;
+            worker.join().unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Internal, format!("the thread of the {kind} has ended")))
+            })
+        });
+        progress.end();
+        done.map_err(|error| Failure::of(error, true))
+    }
+
     /// Builds the answer of a changing command: empty with `--quiet`.
     pub fn changed<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
         let answer = match (self.global.json, self.global.quiet) {
@@ -107,6 +159,18 @@ impl Session {
             true => Answer::document(document),
             false => Answer::text(text(&document)),
         }
+    }
+}
+
+/// Time between two looks at the progress of a copy.
+const DRAWN_EVERY: Duration = Duration::from_millis(20);
+
+/// Bytes that a copy has moved.
+struct Moved(AtomicU64);
+
+impl backend::Progress for Moved {
+    fn bytes(&self, done: u64, _total: u64) {
+        self.0.store(done, Ordering::Relaxed);
     }
 }
 

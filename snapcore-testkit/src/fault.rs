@@ -334,6 +334,23 @@ impl DiskSnapshotter for FaultyBackend {
     ) -> Result<snapcore::backend::ClonePlan> {
         self.inner.plan_clone(disk, state, request).await
     }
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        point: &Point,
+    ) -> Result<Arc<dyn snapcore::backend::PointImage>> {
+        self.inner.open_point(disk, state, point).await
+    }
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        from: &Point,
+        to: &Point,
+    ) -> Result<snapcore::backend::Differences> {
+        self.inner.differences(disk, state, from, to).await
+    }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await
     }

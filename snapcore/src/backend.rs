@@ -21,6 +21,7 @@ use crate::step::{Edit, Step};
 
 pub use crate::disk_plan::{CloneDisk, ClonePlace, ClonePlan, DiskPlan, DiskRequest, InstantPlan};
 pub use crate::erased::AnyDiskSnapshotter;
+pub use crate::reading::{Differences, PointExtent, PointImage, Ranges};
 pub use crate::snapshot::{FoundSnapshots, FreeNames};
 pub use crate::state::{DiskState, InternalPoint, Layer, Undetermined};
 pub use crate::step::StepStatus;
@@ -46,6 +47,10 @@ pub struct Capabilities {
     /// Names of its methods for taking a point that a user may request, besides the kinds: `reflink`, `copy`.
     #[serde(default)]
     pub methods: Vec<String>,
+    /// True if points can be read and compared ([`DiskSnapshotter::open_point`],
+    /// [`DiskSnapshotter::differences`]).
+    #[serde(default)]
+    pub reads_points: bool,
 }
 
 impl Capabilities {
@@ -60,7 +65,15 @@ impl Capabilities {
             snapshot_of_snapshot: true,
             max_depth,
             methods: Vec::new(),
+            reads_points: false,
         }
+    }
+
+    /// Declares that points can be read and compared.
+    #[must_use]
+    pub fn reads_points(mut self) -> Self {
+        self.reads_points = true;
+        self
     }
 
     /// Declares methods of its own for taking points, which a user may request by name.
@@ -466,6 +479,42 @@ pub trait DiskSnapshotter: Send + Sync {
         .advise("copy the disk with the tools of its store, and register the copy with `domsnap domain add`"))
     }
 
+    /// Opens a point for reading. It may be open for long: while a running domain writes the disk's current
+    /// state, and while other points come and go. The service has a hold on the snapshot meanwhile, and no
+    /// lock. The active layer itself may be given as a point too, if no program writes it.
+    ///
+    /// By default it is not offered.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`], with advice; [`ErrorKind::NotFound`] where the point does not exist;
+    /// [`ErrorKind::Busy`] where a program writes what is to be read.
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        _state: &DiskState,
+        _point: &Point,
+    ) -> Result<Arc<dyn PointImage>> {
+        Err(not_read(&disk.disk, self.format()))
+    }
+
+    /// Finds the ranges in which two points may differ, in either order of time and on any branches. It uses
+    /// metadata as far as the format has such. Ranges without a difference may be among them, and no
+    /// difference is outside of them. If the second disk is larger, the rest of it is one.
+    ///
+    /// By default it is not offered.
+    ///
+    /// # Errors
+    /// As [`DiskSnapshotter::open_point`].
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        _state: &DiskState,
+        _from: &Point,
+        _to: &Point,
+    ) -> Result<Differences> {
+        Err(not_read(&disk.disk, self.format()))
+    }
+
     /// Locks the disk's images against other writers until the guard is dropped, by the method that other
     /// users of the format honour. Steps that run meanwhile in this process use the same lock.
     ///
@@ -574,6 +623,17 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The address by which a layer opens, for people and tools.
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress;
+}
+
+fn not_read(disk: &Disk, format: &str) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("{}: points of disks of the format {format} cannot be read and compared by domsnap", disk.target),
+    )
+    .state("no changes made")
+    .advise(
+        "read the point with the tools of its store: `domsnap show` has its address, `domsnap hold` keeps it meanwhile",
+    )
 }
 
 /// Handling of a finish step that failed ([`DiskSnapshotter::leftover`]).

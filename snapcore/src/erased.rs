@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use crate::manifest::ManifestStore;
 use crate::name::LayerName;
+use crate::reading::{Differences, PointImage};
 use crate::snapshot::{Point, Snapshot};
 use crate::state::{DiskState, TagIdentity};
 use crate::step::{Step, StepStatus};
@@ -165,6 +166,23 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     ) -> Result<ClonePlan> {
         let ClonePlan { plan, disks, points } = self.inner.plan_clone(disk, state, request).await?;
         Ok(ClonePlan { plan: recordable(self.inner.format(), disk, plan)?, disks, points })
+    }
+    async fn open_point(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        point: &Point,
+    ) -> Result<Arc<dyn PointImage>> {
+        self.inner.open_point(disk, state, point).await
+    }
+    async fn differences(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        from: &Point,
+        to: &Point,
+    ) -> Result<Differences> {
+        self.inner.differences(disk, state, from, to).await
     }
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         self.inner.lock(disk, attached).await

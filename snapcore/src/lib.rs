@@ -77,6 +77,7 @@ pub mod manifest;
 mod name;
 mod operation;
 mod plan;
+mod reading;
 mod registry;
 mod request;
 pub mod service;

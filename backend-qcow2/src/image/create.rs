@@ -173,7 +173,7 @@ pub(crate) fn create_in(
 }
 
 /// Returns the header, and the used bytes of the first cluster.
-fn plan(new: &NewImage) -> Result<(Header, Vec<u8>)> {
+pub(super) fn plan(new: &NewImage) -> Result<(Header, Vec<u8>)> {
     let bits = new.cluster_bits;
     if !new.virtual_size.is_multiple_of(512) {
         return Err(invalid(format!("a disk of {} bytes is not whole sectors of 512", new.virtual_size)));

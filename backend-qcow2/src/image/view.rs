@@ -88,6 +88,31 @@ impl RunLayer {
         &self.file
     }
 
+    /// The file, for a reader that outlives a borrow of the layer.
+    pub(super) fn shared_file(&self) -> Arc<ImageFile> {
+        Arc::clone(&self.file)
+    }
+
+    /// Layout of its tables.
+    pub(super) fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Returns true if the L1 table of `other` has the same L2 tables.
+    pub(super) fn has_tables_of(&self, other: &Self) -> bool {
+        // Bit 63 of an entry changes with every snapshot that is taken or deleted.
+        let tables = |layer: &Self, index| layer.l1.l2_offset(index);
+        let length = self.l1.len().max(other.l1.len());
+        self.geometry == other.geometry && (0..length).all(|at| tables(self, at) == tables(other, at))
+    }
+
+    /// The first L2 table at or after an L1 index: its distance from that, and its place.
+    pub(super) fn next_table(&self, index: usize) -> Option<(usize, HostOffset)> {
+        let rest = self.l1.entries.get(index..)?;
+        let found = rest.iter().position(|entry| *entry != 0)?;
+        Some((found, self.l1.l2_offset(index + found)?))
+    }
+
     /// Returns true if compressed clusters of this layer can be used unchanged in an image with that geometry
     /// and method.
     pub(crate) fn packs_like(&self, geometry: Geometry, compression: Compression) -> bool {

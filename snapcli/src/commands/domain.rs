@@ -10,7 +10,7 @@ use crate::args::{Domain, DomainAdd, DomainDisk, Import};
 use crate::commands::change::{names, shell_text};
 use crate::commands::list::{layers, stopped};
 use crate::commands::power::{self, Now};
-use crate::commands::scan;
+use crate::commands::{restore, scan};
 use crate::documents::{DomainDoc, DomainShowDoc, DomainsDoc, ListDoc, ListedDomain, Power, RemovalDoc};
 use crate::domain_file;
 use crate::failure::Failure;
@@ -121,6 +121,9 @@ fn read_file(session: &Session, file: &Utf8Path) -> Result<DomainSpec, Failure> 
 
 /// `domsnap import`
 pub fn import(session: &Session, args: Import) -> Result<Answer, Failure> {
+    if let Some(to) = &args.to {
+        return restore::import(session, &args, to).map_err(Failure::of_plan);
+    }
     let mut options = ImportOptions::default();
     if let Some(name) = args.name {
         options = options.name(name);
@@ -135,12 +138,12 @@ pub fn import(session: &Session, args: Import) -> Result<Answer, Failure> {
     Ok(session.changed(document(report), |document| reported(document, "imported")))
 }
 
-fn document(report: ImportReport) -> DomainDoc {
+pub fn document(report: ImportReport) -> DomainDoc {
     let ImportReport { domain, restored, adopted, notes, .. } = report;
     DomainDoc { domain, restored, adopted, notes }
 }
 
-fn reported(document: &DomainDoc, done: &str) -> String {
+pub fn reported(document: &DomainDoc, done: &str) -> String {
     let domain = &document.domain;
     let mut text = format!("{done} {}: {}\n", domain.name, units::count(domain.disks.len(), "disk"));
     for record in &domain.disks {

@@ -2,13 +2,16 @@
 
 mod change;
 mod clone;
+mod diff;
 mod disk;
 mod domain;
+mod export;
 mod generate;
 mod health;
 mod held;
 mod list;
 mod power;
+mod restore;
 mod scan;
 mod serve;
 mod show;
@@ -34,6 +37,8 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Revert(revert) => change::revert(&open(global)?, revert),
         Command::Delete(delete) => change::delete(&open(global)?, delete),
         Command::Clone(clone) => clone::run(&open(global)?, clone),
+        Command::Diff(diff) => diff::run(&open(global)?, diff),
+        Command::Export(export) => export::run(&open(global)?, export).map_err(Failure::of_plan),
         Command::Undo(undo) => held::undo(&open(global)?, undo),
         Command::Hold(hold) => held::hold(&open(global)?, hold),
         Command::Release(release) => held::release(&open(global)?, release),

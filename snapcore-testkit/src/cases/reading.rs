@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use anyhow::{Context, ensure};
-use snapcore::backend::StepContext;
-use snapcore::service::{DeleteRequest, Request, RevertRequest};
+use snapcore::backend::{PointImage, StepContext};
+use snapcore::service::{DeleteRequest, DiffRequest, Request, RevertRequest};
 use snapcore::{Error, LayerName, Point, SnapshotName};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +17,23 @@ impl snapcore::backend::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-pub(super) const CASES: [TestCase; 6] = [
+/// The extents of a state have no gaps, and what they say to be zeros is.
+fn zeros_are_zeros(image: &dyn PointImage, wanted: &[u8]) -> anyhow::Result<()> {
+    let (size, mut at) = (image.size(), 0);
+    while at < size {
+        let extents = image.extents(at, size, 2)?;
+        ensure!(!extents.is_empty() && extents.len() <= 2, "{} extents at {at}", extents.len());
+        for extent in extents {
+            ensure!(extent.start == at && extent.end > at && extent.end <= size, "{extent:?} at {at}");
+            let bytes = &wanted[extent.start as usize..extent.end as usize];
+            ensure!(!extent.zero || bytes.iter().all(|byte| *byte == 0), "{extent:?} has data");
+            at = extent.end;
+        }
+    }
+    Ok(())
+}
+
+pub(super) const CASES: [TestCase; 7] = [
     TestCase::always(
         "reads_change_nothing",
         "listing, inspecting and planning change nothing",
@@ -81,6 +97,56 @@ pub(super) const CASES: [TestCase; 6] = [
                 ensure!(chain.len() <= state.layers.len(), "the active chain is a loop");
             }
             Ok(())
+        },
+    ),
+    TestCase::with(
+        "points_are_read_and_compared",
+        "what is read of a point is what was saved, and no difference is outside of what a comparison finds",
+        |can, _| can.reads_points,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let reference = fixture.reference();
+            let points = fixture.model.points.clone();
+            let process = fixture.process()?;
+            let service = &process.service;
+            for (name, saved) in &points {
+                let opened = process.wait(service.open_snapshot(
+                    &reference,
+                    &SnapshotName::new(name.clone())?,
+                    &[],
+                ))?;
+                ensure!(opened.disks.len() == saved.disks.len(), "{name} is open with {:?}", opened.left_out);
+                for disk in &opened.disks {
+                    let wanted = &saved.disks[disk.target.as_str()];
+                    let mut found = vec![1; wanted.len()];
+                    disk.image.read_at(&mut found, 0)?;
+                    ensure!(
+                        disk.image.size() == wanted.len() as u64 && found == **wanted,
+                        "{name} reads otherwise on {}",
+                        disk.target
+                    );
+                    zeros_are_zeros(&*disk.image, wanted)
+                        .with_context(|| format!("{name} on {}", disk.target))?;
+                    disk.image.require_still()?;
+                }
+                for (other, then) in &points {
+                    let request = DiffRequest::new(SnapshotName::new(name.clone())?)
+                        .to(Some(SnapshotName::new(other.clone())?));
+                    for disk in process.wait(service.differences(&reference, &request))? {
+                        let target = disk.target.as_str();
+                        let (from, to) = (&saved.disks[target], &then.disks[target]);
+                        let ranges = &disk.differences.ranges;
+                        ensure!(name != other || ranges.is_empty(), "{name} differs from itself: {ranges:?}");
+                        let inside = |at: usize| ranges.iter().any(|range| range.contains(&(at as u64)));
+                        let missed = (0..to.len()).find(|at| from.get(*at) != to.get(*at) && !inside(*at));
+                        ensure!(
+                            missed.is_none(),
+                            "{name}, {other}, {target}: {missed:?} is not in {ranges:?}"
+                        );
+                    }
+                }
+            }
+            fixture.check_all()
         },
     ),
     TestCase::always(

@@ -8,8 +8,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::rooms::{Rooms, to_the_end};
 use super::{
-    Belonging, Details, DiskReport, DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport,
-    Listing, Outcome, PastOperation, RecoveryReport, Removal, Scanned, images, importer,
+    Belonging, ComparedDisk, Details, DiffReport, DiffRequest, DiskReport, DomainRef, DomainSpec,
+    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation,
+    RecoveryReport, Removal, Scanned, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;
@@ -432,6 +433,40 @@ impl Domsnap {
     /// are.
     pub async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<DiskAddress>> {
         self.rooms.neighbours.backed_by(image).await
+    }
+
+    /// Finds the extents of a domain's disks that differ between two snapshots, in either order of time and
+    /// on any branches, or between a snapshot and the current state of a domain that does not run. Metadata
+    /// is compared, as far as the formats have such; nothing needs to have been recorded before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] for a disk whose backend does not compare;
+    /// [`ErrorKind::Refused`] for the current state of a running domain; [`ErrorKind::Busy`].
+    pub async fn diff(&self, domain: &DomainRef, request: &DiffRequest) -> Result<DiffReport> {
+        self.rooms.viewer.diff(domain, request).await
+    }
+
+    /// Compares as [`Domsnap::diff`] does, and leaves both states open for reading.
+    ///
+    /// # Errors
+    /// The errors of [`Domsnap::diff`].
+    pub async fn differences(&self, domain: &DomainRef, request: &DiffRequest) -> Result<Vec<ComparedDisk>> {
+        self.rooms.viewer.differences(domain, request).await
+    }
+
+    /// Opens the disks of a snapshot for reading: those that `targets` names, or all. The domain may run.
+    /// Hold the snapshot ([`Domsnap::hold`]) while it is read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] for a disk whose backend does not read points;
+    /// [`ErrorKind::Busy`].
+    pub async fn open_snapshot(
+        &self,
+        domain: &DomainRef,
+        name: &SnapshotName,
+        targets: &[crate::name::Target],
+    ) -> Result<OpenSnapshot> {
+        self.rooms.viewer.open_snapshot(domain, name, targets).await
     }
 
     /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The

@@ -46,4 +46,6 @@ pub use report::{
     Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, PastOperation,
     Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, StartedClone, Unfinished,
 };
-pub use viewer::Belonging;
+pub use viewer::{
+    Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot,
+};

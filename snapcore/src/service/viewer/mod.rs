@@ -2,6 +2,7 @@
 
 mod belonging;
 mod check;
+mod reading;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::snapshot::{Snapshot, SnapshotRole, SnapshotTree};
 use crate::state::DiskState;
 
 pub use belonging::Belonging;
+pub use reading::{ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot};
 
 /// Shows domains as they are.
 #[derive(Clone)]

@@ -1,0 +1,323 @@
+//! The manifest of a directory of exports.
+//!
+//! It is an envelope like that of snapshots' manifests: a version, the CRC-32 of the content's text, and the
+//! content. The checksum finds damage. It proves nothing about who wrote the file.
+
+use std::collections::{HashMap, HashSet};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use snapcore::{Consistency, DomainName, Snapshot, SnapshotId, SnapshotName, Target};
+use uuid::Uuid;
+
+/// The version of the envelope and of its content.
+const VERSION: u32 = 1;
+
+/// The longest manifest that is read, in bytes.
+pub(crate) const MAX_BYTES: u64 = 64 << 20;
+
+/// The most exports of one directory.
+const MAX_EXPORTS: usize = 100_000;
+
+/// The most disks of one export.
+const MAX_DISKS: usize = 1024;
+
+/// The longest chain of increments.
+const MAX_DEPTH: usize = 200;
+
+/// The longest description, in bytes.
+const MAX_DESCRIPTION: usize = 64 << 10;
+
+/// The identity of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(transparent)]
+pub struct ExportId(#[schemars(with = "String")] pub Uuid);
+
+impl ExportId {
+    /// Makes a new identity.
+    pub fn fresh() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl std::fmt::Display for ExportId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// All exports of a directory, in the order in which they were made.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct Manifest {
+    /// The exports.
+    pub exports: Vec<Export>,
+}
+
+/// One export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct Export {
+    /// Its identity.
+    pub id: ExportId,
+    /// The domain.
+    pub domain: DomainName,
+    /// The snapshot.
+    pub snapshot: ExportedSnapshot,
+    /// The export that the images of this one are backed by; absent: they have all data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<ExportId>,
+    /// Time of the export.
+    #[schemars(with = "String")]
+    pub exported: Timestamp,
+    /// The disks.
+    pub disks: Vec<ExportedDisk>,
+    /// The memory image, as the domain's hypervisor made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ExportedFile>,
+}
+
+/// The snapshot of an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct ExportedSnapshot {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: SnapshotName,
+    /// The snapshot that was current when it was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<SnapshotId>,
+    /// Time of its instant.
+    #[schemars(with = "String")]
+    pub created: Timestamp,
+    /// The user's description.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Consistency of its disks.
+    pub consistency: Consistency,
+}
+
+impl ExportedSnapshot {
+    /// Describes a snapshot.
+    pub fn of(snapshot: &Snapshot) -> Self {
+        Self {
+            id: snapshot.id,
+            name: snapshot.name.clone(),
+            parent: snapshot.parent,
+            created: snapshot.created,
+            description: snapshot.description.clone(),
+            consistency: snapshot.consistency,
+        }
+    }
+}
+
+/// A file of an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct ExportedFile {
+    /// Its name in the directory.
+    pub file: String,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// Its SHA-256: 64 hex digits.
+    pub sha256: String,
+}
+
+impl ExportedFile {
+    pub(crate) fn new(file: String, bytes: u64, sha256: String) -> Self {
+        Self { file, bytes, sha256 }
+    }
+}
+
+/// A disk of an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct ExportedDisk {
+    /// The disk.
+    pub target: Target,
+    /// Bytes of the guest's disk.
+    pub virtual_size: u64,
+    /// Its image, in the format qcow2.
+    #[serde(flatten)]
+    pub image: ExportedFile,
+    /// The file of the parent export that backs the image; absent: the image has all data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<String>,
+}
+
+/// The name of a disk's image.
+pub(crate) fn image_name(target: &Target, snapshot: &SnapshotName) -> String {
+    format!("{target}.{snapshot}.qcow2")
+}
+
+/// The name of a memory image.
+pub(crate) fn memory_name(snapshot: &SnapshotName) -> String {
+    format!("{snapshot}.memory")
+}
+
+/// The string by which an image names the file that backs it. QEMU takes what is before a colon for a
+/// protocol, unless a slash comes first.
+pub(crate) fn backing_string(file: &str) -> String {
+    format!("./{file}")
+}
+
+impl Manifest {
+    /// The export of a snapshot.
+    pub fn of_snapshot(&self, id: SnapshotId) -> Option<&Export> {
+        self.exports.iter().find(|export| export.snapshot.id == id)
+    }
+
+    /// The export of this identity.
+    pub fn export(&self, id: ExportId) -> Option<&Export> {
+        self.exports.iter().find(|export| export.id == id)
+    }
+
+    /// Exports and all exports that they need, from `export` down to the full one.
+    pub fn chain<'a>(&'a self, export: &'a Export) -> Vec<&'a Export> {
+        let mut chain = vec![export];
+        let mut next = export.parent;
+        while let Some(found) = next.and_then(|id| self.export(id)).filter(|_| chain.len() <= MAX_DEPTH) {
+            chain.push(found);
+            next = found.parent;
+        }
+        chain
+    }
+
+    /// All files of all exports.
+    pub fn files(&self) -> impl Iterator<Item = &ExportedFile> {
+        self.exports.iter().flat_map(Export::files)
+    }
+
+    /// Checks all that other code relies on: names are those that snapshot and disk give, and lead nowhere; a
+    /// parent comes before its child, and has the backing files; nothing comes twice.
+    fn check(&self) -> Result<(), String> {
+        if self.exports.len() > MAX_EXPORTS {
+            return Err(format!("it has more than {MAX_EXPORTS} exports"));
+        }
+        let mut earlier: HashMap<ExportId, (&Export, usize)> = HashMap::new();
+        let (mut snapshots, mut files) = (HashSet::new(), HashSet::new());
+        for export in &self.exports {
+            let name = &export.snapshot.name;
+            let fail = |why: String| Err(format!("the export of {name}: {why}"));
+            if export.disks.len() > MAX_DISKS || export.snapshot.description.len() > MAX_DESCRIPTION {
+                return fail("it has too many disks, or too long a description".to_owned());
+            }
+            let parent = match export.parent {
+                None => None,
+                Some(id) => match earlier.get(&id) {
+                    Some(found) => Some(*found),
+                    None => return fail(format!("its parent {id} is not among the exports before it")),
+                },
+            };
+            let depth = parent.map_or(0, |(_, depth)| depth + 1);
+            if depth > MAX_DEPTH {
+                return fail(format!("its chain is longer than {MAX_DEPTH}"));
+            }
+            if !snapshots.insert(export.snapshot.id) || earlier.insert(export.id, (export, depth)).is_some() {
+                return fail("the same export or snapshot comes twice".to_owned());
+            }
+            for disk in &export.disks {
+                let target = &disk.target;
+                if disk.image.file != image_name(target, name) {
+                    return fail(format!("the file of {target} is called {:?}", disk.image.file));
+                }
+                if i64::try_from(disk.virtual_size).is_err() {
+                    return fail(format!("{target} has {} bytes", disk.virtual_size));
+                }
+                let Some(backing) = &disk.backing else { continue };
+                let below = parent.and_then(|(parent, _)| parent.disk(target));
+                if below.is_none_or(|below| below.image.file != *backing) {
+                    return fail(format!("its parent has no file {backing:?} for {target}"));
+                }
+            }
+            if export.memory.as_ref().is_some_and(|memory| memory.file != memory_name(name)) {
+                return fail("its memory image has another name".to_owned());
+            }
+            for file in export.files() {
+                let is_digest = file.sha256.len() == 64 && file.sha256.bytes().all(|c| c.is_ascii_hexdigit());
+                if !is_digest || i64::try_from(file.bytes).is_err() {
+                    return fail(format!("size or SHA-256 of {} is none", file.file));
+                }
+                if confined_files::FileName::new(&file.file).is_err() || !files.insert(file.file.as_str()) {
+                    return fail(format!("the file name {:?} cannot be, or comes twice", file.file));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a manifest.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let manifest: Self = open_envelope(bytes)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The text of the manifest's file.
+    ///
+    /// # Errors
+    /// What no later reader would accept.
+    pub(crate) fn text(&self) -> Result<Vec<u8>, String> {
+        self.check()?;
+        envelope(self)
+    }
+}
+
+impl Export {
+    /// The disk called `target`.
+    pub fn disk(&self, target: &Target) -> Option<&ExportedDisk> {
+        self.disks.iter().find(|disk| disk.target == *target)
+    }
+
+    /// Its files.
+    pub fn files(&self) -> impl Iterator<Item = &ExportedFile> {
+        self.disks.iter().map(|disk| &disk.image).chain(&self.memory)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<T> {
+    #[serde(rename = "domsnap-export")]
+    version: u32,
+    /// The checksum of the content's bytes, exactly as the file has them: 8 hex digits.
+    crc32: String,
+    content: T,
+}
+
+pub(crate) fn envelope<T: Serialize>(content: &T) -> Result<Vec<u8>, String> {
+    let said = |cause: serde_json::Error| cause.to_string();
+    let content = serde_json::to_string_pretty(content).map_err(said)?;
+    let envelope = Envelope {
+        version: VERSION,
+        crc32: format!("{:08x}", crc32fast::hash(content.as_bytes())),
+        content: RawValue::from_string(content).map_err(said)?,
+    };
+    let mut text = serde_json::to_vec(&envelope).map_err(said)?;
+    text.push(b'\n');
+    match u64::try_from(text.len()) {
+        Ok(length) if length <= MAX_BYTES => Ok(text),
+        _ => Err(format!("it would be longer than {MAX_BYTES} bytes")),
+    }
+}
+
+pub(crate) fn open_envelope<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let envelope: Envelope<&RawValue> =
+        serde_json::from_slice(bytes).map_err(|cause| format!("it is no manifest of exports: {cause}"))?;
+    if envelope.version != VERSION {
+        return Err(format!(
+            "it is of version {}, and this domsnap knows version {VERSION}",
+            envelope.version
+        ));
+    }
+    let found = format!("{:08x}", crc32fast::hash(envelope.content.get().as_bytes()));
+    if found != envelope.crc32 {
+        return Err(format!("its content has the checksum {found}, and it says {}", envelope.crc32));
+    }
+    serde_json::from_str(envelope.content.get())
+        .map_err(|cause| format!("its content is not understood: {cause}"))
+}
