@@ -393,7 +393,8 @@ impl LiveDomain for XenDomain {
             // its name.
             DomainStep::CheckMemory { .. }
             | DomainStep::ReopenByName { .. }
-            | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))
             }

@@ -358,8 +358,8 @@ pub struct CloneDomain {
     /// Start the clones
     #[arg(long, requires = "memory")]
     pub start: bool,
-    /// The links of the clones' network devices: down, up with the snapshot's addresses, or up with devices of
-    /// new MAC addresses
+    /// The links of the clones' network devices: down, up with the snapshot's addresses, or up on devices
+    /// with new MAC addresses
     #[arg(long, value_name = "off|same|swap", default_value = "off", requires = "start")]
     pub network: Network,
     /// Run this shell script once in each guest, by its agent, before its links go up

@@ -395,7 +395,9 @@ impl Plan {
             }
         }
         let registered = self.finish.iter_mut().filter_map(|unit| match unit {
-            FinishUnit::Domain(HypervisorStep { action: DomainStep::Register { domains, .. }, .. }) => Some(domains),
+            FinishUnit::Domain(HypervisorStep { action: DomainStep::Register { domains, .. }, .. }) => {
+                Some(domains)
+            }
             _ => None,
         });
         for domain in registered.flatten() {

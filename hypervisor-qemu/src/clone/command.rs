@@ -524,4 +524,39 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         }
     }
+
+    /// The files that a clone needs its own of are found in each form; disks and relative names are not among
+    /// them.
+    #[test]
+    fn own_files_are_found_in_each_form() {
+        let line = "qemu -qmp unix:/vm/qmp,server=on -serial file:/vm/log -pidfile /vm/pid -monitor none \
+                    -chardev socket,id=a,path=/vm/agent,logfile=/vm/chars -chardev null,id=b -serial file:relative \
+                    -drive file=/vm/a.qcow2,if=none,id=d -mon chardev=a -chardev socket,id=c,path=/vm/agent";
+        let line: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let found: Vec<String> = own_files(&line).iter().map(|file| file.display().to_string()).collect();
+        assert_eq!(found, ["/vm/qmp", "/vm/log", "/vm/pid", "/vm/agent", "/vm/chars"]);
+    }
+
+    /// A clone of a clone does not get its memory; another memory of the user's own is refused.
+    #[test]
+    fn memory_of_a_clone_is_left_out() {
+        let ours = r#"{"qom-type":"memory-backend-file","id":"pc.ram","size":1,"share":false,"mem-path":"/c/m","readonly":true,"rom":"off"}"#;
+        let made = made(&format!(
+            "qemu -m 64 -S -incoming defer -object {ours} -machine memory-backend=pc.ram -smp 1"
+        ));
+        let made = made.expect("it is ours");
+        assert!(made.starts_with("qemu -m 64 -smp 1"), "{made}");
+        for other in [ours.replace("true", "false"), ours.replace(r#""off""#, r#""on""#)] {
+            let line = format!("qemu -object {other} -machine memory-backend=pc.ram");
+            assert!(super::tests::made(&line).is_err(), "{line}");
+        }
+    }
+
+    /// A log of a character device is another machine's, too.
+    #[test]
+    fn logs_of_character_devices_are_replaced() {
+        let line = "qemu -chardev socket,id=a,path=/vm/agent,logfile=/vm/log";
+        assert!(made(line).expect("both are the clone's").contains("logfile=/c/log"));
+        assert!(made("qemu -chardev null,id=a,logfile=/vm/other").is_err());
+    }
 }

@@ -24,8 +24,8 @@ use uuid::Uuid;
 
 pub use command::command;
 pub(crate) use command::own_files;
-pub use start::{Clone, Source, start};
 pub(crate) use start::start_as;
+pub use start::{Clone, Source, start};
 
 /// The identity of a clone.
 #[derive(Debug, Clone, PartialEq, Eq)]

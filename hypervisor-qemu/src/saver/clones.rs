@@ -9,8 +9,8 @@
 //!
 //! **What is durable before what.** 1) The two files, each under a temporary name, then their names, the
 //! devices' last: with the devices there is the RAM. 2) The names of each clone, in its unpublished
-//! directory: the devices' after the RAM's. 3) The flush of that directory. A crash leaves names that the undo
-//! removes, and the files beside the snapshot's image, which are complete or begun again by the next clone.
+//! directory: the devices' after the RAM's. 3) The flush of that directory. A crash leaves names that the
+//! undo removes, and the files beside the snapshot's image, complete or begun again by the next clone.
 
 use std::{
     fs,
@@ -26,7 +26,8 @@ use confined_files::Directory;
 use qmp::Agent;
 use serde_json::{Value, json};
 use snapcore::hypervisor::{
-    CloneMachines, CloneNetwork, ClonedMachines, Control, MachinePlace, StartClone, StartedDomain, StepOutcome,
+    CloneMachines, CloneNetwork, ClonedMachines, Control, MachinePlace, StartClone, StartedDomain,
+    StepOutcome,
 };
 use snapcore::{DiskAddress, Error, ErrorKind, Result, shown_size};
 use tokio::time::sleep;
@@ -79,7 +80,7 @@ fn refused(what: impl Into<String>) -> Error {
 pub(super) async fn plan(ask: CloneMachines<'_>) -> Result<ClonedMachines> {
     let machine = recorded(ask.machine)?;
     let process = &machine.process;
-    let Some((_, words)) = process.command_line.split_first() else {
+    let Some((_, arguments)) = process.command_line.split_first() else {
         return Err(refused("the command that started the machine of the snapshot is not recorded"));
     };
     let own = rustix::process::geteuid().as_raw();
@@ -88,10 +89,10 @@ pub(super) async fn plan(ask: CloneMachines<'_>) -> Result<ClonedMachines> {
             "the machine ran as the user {uid}, and a clone would run as {own}, which may not be meant to have its rights"
         )));
     }
-    if words.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
+    if arguments.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
         return Err(refused("the machine's command names descriptors, which only its supervisor can open"));
     }
-    let missing = plugged_since(&machine, words);
+    let missing = plugged_since(&machine, arguments);
     if !missing.is_empty() {
         return Err(refused(format!(
             "devices that were plugged in after the start of the machine are not in its command, and its memory needs them: {}",
@@ -105,10 +106,12 @@ pub(super) async fn plan(ask: CloneMachines<'_>) -> Result<ClonedMachines> {
     let mut answer = ClonedMachines::default();
     let keeps = keeps_to_itself(&machine);
     if let Some(why) = &keeps {
-        answer.notes.push(format!("the clones do not share memory: {why}; each reads all of it when it starts"));
+        answer
+            .notes
+            .push(format!("the clones do not share memory: {why}; each reads all of it when it starts"));
     }
     answer.shares = keeps.is_none();
-    let mut links = 0;
+    let (mut links, mut has_id) = (0, true);
     for place in ask.clones {
         let (control, record) = machine_of(&ask, &machine, place)?;
         let networks = networks(&control.start);
@@ -116,6 +119,7 @@ pub(super) async fn plan(ask: CloneMachines<'_>) -> Result<ClonedMachines> {
             networks.iter().try_for_each(Network::require_swappable)?;
         }
         links = networks.len();
+        has_id = fresh::generation_id(&mut control.start.clone());
         if ask.hook && control.agent.is_none() {
             return Err(refused("no guest agent is known that could run the script in the guest").advise(
                 "register the domain with its agent's socket (--agent), and take a snapshot; or clone without --run",
@@ -123,6 +127,13 @@ pub(super) async fn plan(ask: CloneMachines<'_>) -> Result<ClonedMachines> {
         }
         answer.controls.push(control);
         answer.records.push(record);
+    }
+    if !has_id {
+        answer.notes.push(
+            "the machine has no generation ID (`-device vmgenid`), so the clones may give out the same random numbers: reseed \
+             each of them (--run)"
+                .to_owned(),
+        );
     }
     if links > 0 && ask.network == CloneNetwork::Same {
         answer.notes.push("the links of the clones are up, and all have the snapshot's addresses".to_owned());
@@ -139,18 +150,26 @@ fn keeps_to_itself(machine: &Discovery) -> Option<String> {
         return Some("its QEMU maps no memory read-only (before 8.2)".to_owned());
     }
     if !machine.machine.starts_with("pc-") {
-        return Some(format!("the machine type {} is not known to have its memory in one block", machine.machine));
+        return Some(format!(
+            "the machine type {} is not known to have its memory in one block",
+            machine.machine
+        ));
     }
-    let locks = machine.process.command_line.windows(2).any(|pair| {
-        pair[0].ends_with("-overcommit") && pair[1].split(',').any(|part| part == "mem-lock=on")
-    });
+    let locks =
+        machine.process.command_line.windows(2).any(|pair| {
+            pair[0].ends_with("-overcommit") && pair[1].split(',').any(|part| part == "mem-lock=on")
+        });
     locks.then(|| "it locks its memory (mem-lock=on)".to_owned())
 }
 
 /// The machine of one clone.
-fn machine_of(ask: &CloneMachines<'_>, machine: &Discovery, place: &MachinePlace) -> Result<(Control, Value)> {
-    let mut words = machine.process.command_line.clone();
-    if let (Some(program), Some(first)) = (&machine.process.program, words.first_mut()) {
+fn machine_of(
+    ask: &CloneMachines<'_>,
+    machine: &Discovery,
+    place: &MachinePlace,
+) -> Result<(Control, Value)> {
+    let mut arguments = machine.process.command_line.clone();
+    if let (Some(program), Some(first)) = (&machine.process.program, arguments.first_mut()) {
         *first = program.display().to_string();
     }
     let mut identity = Identity::new(place.domain.as_str(), uuid::Uuid::new_v4());
@@ -160,7 +179,7 @@ fn machine_of(ask: &CloneMachines<'_>, machine: &Discovery, place: &MachinePlace
         taken.extend(to.file_name().map(str::to_owned));
         identity = identity.path(from, to);
     }
-    for file in clone::own_files(&words) {
+    for file in clone::own_files(&arguments) {
         if identity.paths.iter().any(|(from, _)| *from == file) {
             continue;
         }
@@ -173,7 +192,10 @@ fn machine_of(ask: &CloneMachines<'_>, machine: &Discovery, place: &MachinePlace
         if to.as_str().len() > LONGEST_SOCKET {
             return Err(Error::new(
                 ErrorKind::Refused,
-                format!("the path {to} of a clone's socket has {} bytes, {LONGEST_SOCKET} at most", to.as_str().len()),
+                format!(
+                    "the path {to} of a clone's socket has {} bytes, {LONGEST_SOCKET} at most",
+                    to.as_str().len()
+                ),
             )
             .state("no changes made")
             .advise("give the clone a shorter name, or a directory with a shorter path with --to"));
@@ -181,12 +203,13 @@ fn machine_of(ask: &CloneMachines<'_>, machine: &Discovery, place: &MachinePlace
         taken.push(own);
         identity = identity.path(file, to);
     }
-    let mut command = clone::command(&words, &identity)
-        .map_err(|error| to_engine(error).state("no changes made"))?;
+    let mut command =
+        clone::command(&arguments, &identity).map_err(|error| to_engine(error).state("no changes made"))?;
     // Which start pauses it is decided then.
     command.retain(|word| word != "-S");
     let own = |known: &Utf8Path| {
-        let same = |from: &Path| from == known.as_std_path() || resolved(from) == resolved(known.as_std_path());
+        let same =
+            |from: &Path| from == known.as_std_path() || resolved(from) == resolved(known.as_std_path());
         let found = identity.paths.iter().find(|(from, _)| same(from))?;
         Utf8PathBuf::from_path_buf(found.1.clone()).ok()
     };
@@ -234,7 +257,8 @@ fn rename(record: &mut Value, identity: &Identity) {
 
 /// The bytes that [`give_memory`] writes; refused if there is no room for them.
 fn bytes_to_write(image: &Utf8Path, above: Option<&Utf8Path>, shares: bool) -> Result<u64> {
-    let stored = Stored::open(image.as_std_path()).map_err(|error| to_engine(error).state("no changes made"))?;
+    let stored =
+        Stored::open(image.as_std_path()).map_err(|error| to_engine(error).state("no changes made"))?;
     let length = stored.length().map_err(to_engine)?;
     let full = stored.full_length().map_err(to_engine)?.unwrap_or(length);
     let Some(above) = above else { return Ok(0) };
@@ -250,7 +274,11 @@ fn bytes_to_write(image: &Utf8Path, above: Option<&Utf8Path>, shares: bool) -> R
     if free < bytes {
         return Err(Error::new(
             ErrorKind::NoSpace,
-            format!("the memory of clones needs up to {}, and {at} has room for {}", shown_size(bytes), shown_size(free)),
+            format!(
+                "the memory of clones needs up to {}, and {at} has room for {}",
+                shown_size(bytes),
+                shown_size(free)
+            ),
         )
         .state("no changes made")
         .advise("free space there, or clone the disks alone with --disk-only"));
@@ -270,7 +298,8 @@ fn parts_of(image: &Path) -> [PathBuf; 2] {
 /// Removes what an image was taken apart into, complete or not. A QEMU that has it mapped goes on.
 pub(super) fn remove_parts(image: &Path) -> crate::Result<()> {
     let [ram, devices] = parts_of(image);
-    let part = |file: &Path| file.file_name().map(|name| file.with_file_name(format!(".{}.part", name.display())));
+    let part =
+        |file: &Path| file.file_name().map(|name| file.with_file_name(format!(".{}.part", name.display())));
     let left = [Some(ram.clone()), Some(devices.clone()), part(&ram), part(&devices)];
     match left.into_iter().flatten().any(|file| file.symlink_metadata().is_ok()) {
         true => Split::remove(&ram, &devices),
@@ -409,7 +438,8 @@ pub(super) async fn start(start: StartClone<'_>, unpacked: &Unpacked) -> Result<
     let (clone, ran) = match &split {
         Some(split) => {
             let stored = file.to_owned();
-            let metadata = blocking(move || Stored::open(stored.as_std_path()).map(|stored| ran(&stored))).await?;
+            let metadata =
+                blocking(move || Stored::open(stored.as_std_path()).map(|stored| ran(&stored))).await?;
             let source = Source::Split(split, Mapping::ReadOnly);
             (clone::start_as(command.clone(), &socket, source, surroundings).await?, metadata)
         }
@@ -550,7 +580,7 @@ impl Network {
         let swapping = |error: crate::Error| to_engine(error).context(format!("{attempted}, {}", self.id));
         let until = Instant::now() + UNPLUG;
         loop {
-            // A guest that has not settled yet may ignore the first request. A pending one is refused.
+            // A guest that is still starting may ignore the first request. A pending one is refused.
             let _ = machine.run(attempted, &self.id, "device_del", json!({ "id": self.id })).await;
             let again = Instant::now() + Duration::from_secs(6);
             while Instant::now() < again {
@@ -609,7 +639,8 @@ mod tests {
     /// A device is swapped where it has an id and a root port of its own.
     #[test]
     fn swappable_networks_are_on_root_ports() {
-        let command = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let command =
+            |arguments: &[&str]| arguments.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         let found = networks(&command(&[
             "qemu",
             "-device",

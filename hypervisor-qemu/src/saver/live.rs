@@ -545,7 +545,9 @@ impl LiveDomain for QemuDomain {
                 self.unpacked.release(image.require_path()?);
                 Ok(())
             }
-            DomainStep::ReopenByName { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
+            DomainStep::ReopenByName { .. }
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that cannot be undone was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))

@@ -156,7 +156,10 @@ impl TestLive {
                     }
                 }
             }
-            DomainStep::ReopenByName { .. } | DomainStep::Media { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
+            DomainStep::ReopenByName { .. }
+            | DomainStep::Media { .. }
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => {}
             DomainStep::CheckMemory { .. }
             | DomainStep::SaveMemory { .. }
             | DomainStep::RemoveMemory { .. } => return unsupported("has no memory images"),
@@ -188,7 +191,8 @@ impl TestLive {
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. }
-            | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => {}
         }
         Ok(())
     }

@@ -50,7 +50,8 @@ impl Guest {
                 | DomainStep::SaveMemory { .. }
                 | DomainStep::CheckMemory { .. }
                 | DomainStep::RemoveMemory { .. }
-                | DomainStep::Register { .. } | DomainStep::CloneMemory { .. },
+                | DomainStep::Register { .. }
+                | DomainStep::CloneMemory { .. },
             ) => guest,
         }
     }

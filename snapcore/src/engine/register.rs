@@ -14,8 +14,8 @@ use crate::shell::shell_command;
 use crate::snapshot::{Snapshot, SnapshotTree};
 
 impl Running<'_> {
-    /// Registers `domains`, each with its first snapshot if it has one. One that cannot be, because its name or an image got into use since the commit
-    /// point, is a note: its disks are whole.
+    /// Registers `domains`, each with its first snapshot if it has one. One that cannot be, because its name
+    /// or an image got into use since the commit point, is a note: its disks are whole.
     ///
     /// # Errors
     /// Those of the catalogue.

@@ -482,8 +482,8 @@ pub trait VmStateSaver: Send + Sync {
     /// By default clones with memory are refused.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] or [`crate::ErrorKind::Unsupported`], naming the part of the machine that
-    /// cannot be in a clone; [`crate::ErrorKind::NoSpace`].
+    /// [`crate::ErrorKind::Refused`] or [`crate::ErrorKind::Unsupported`], naming the part of the machine
+    /// that cannot be in a clone; [`crate::ErrorKind::NoSpace`].
     async fn plan_clone(&self, clone: CloneMachines<'_>) -> Result<ClonedMachines> {
         let domain = &clone.domain.name;
         Err(no_clones(format!("the hypervisor of domain {domain} makes no clones with memory")))
@@ -568,7 +568,7 @@ pub trait VmStateSaver: Send + Sync {
 }
 
 fn no_clones(message: String) -> Error {
-    Error::new(ErrorKind::Unsupported, message).state("no changes made").advise(
-        "clone the disks alone with --disk-only: the clone then starts as after a power failure",
-    )
+    Error::new(ErrorKind::Unsupported, message)
+        .state("no changes made")
+        .advise("clone the disks alone with --disk-only: the clone then starts as after a power failure")
 }

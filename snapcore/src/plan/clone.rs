@@ -9,8 +9,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::merged::{Merged, of_domain};
 use super::{DiskInput, Planner, require_single_tag, stamp};
-use crate::backend::{CloneDisk, ClonePlace, ClonePlan};
 use crate::address::DiskAddress;
+use crate::backend::{CloneDisk, ClonePlace, ClonePlan};
 use crate::domain::{DiskRecord, Domain, Machine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{
@@ -89,14 +89,17 @@ impl Planner<'_> {
         if let Some(memory) = memory {
             let machines = self.machines(&memory, &places, &domains, request).await?;
             merged.notes.extend(machines.notes.iter().cloned());
-            let unfinished =
-                (domains.iter_mut().zip(&places).zip(points).zip(machines.controls.into_iter().zip(machines.records)))
-                    .map(|(((domain, place), points), (control, record))| {
-                        let snapshot = memory.given_to(domain, place, points, control, record);
-                        let image = memory_name(&snapshot);
-                        snapshots.push(snapshot);
-                        DiskAddress::from(place.unfinished.join(image))
-                    });
+            let unfinished = (domains
+                .iter_mut()
+                .zip(&places)
+                .zip(points)
+                .zip(machines.controls.into_iter().zip(machines.records)))
+            .map(|(((domain, place), points), (control, record))| {
+                let snapshot = memory.given_to(domain, place, points, control, record);
+                let image = memory_name(&snapshot);
+                snapshots.push(snapshot);
+                DiskAddress::from(place.unfinished.join(image))
+            });
             let clones: Vec<DiskAddress> = unfinished.collect();
             let summary = match machines.shares {
                 true => "take the memory apart once, and give it to each clone",
@@ -114,7 +117,9 @@ impl Planner<'_> {
             [first, .., last] => format!("register {} domains, {first} to {last}", domains.len()),
             [] => String::new(),
         };
-        merged.finish.push(FinishUnit::Domain(of_domain(DomainStep::Register { domains, snapshots }, summary)));
+        merged
+            .finish
+            .push(FinishUnit::Domain(of_domain(DomainStep::Register { domains, snapshots }, summary)));
         merged.plan(OF_CLONES, vec![wanted.name.clone()])
     }
 

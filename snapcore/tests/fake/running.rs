@@ -327,7 +327,10 @@ impl RowLive {
                 }
                 facts = facts.guest(memory.as_ref().map(|_| GuestChange::Restored));
             }
-            DomainStep::ReopenByName { .. } | DomainStep::Media { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
+            DomainStep::ReopenByName { .. }
+            | DomainStep::Media { .. }
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => {}
             DomainStep::CheckMemory { .. } | DomainStep::RemoveMemory { .. } => return no(),
         }
         Ok(facts)

@@ -379,7 +379,8 @@ impl LiveDomain for Live {
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. }
-            | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(()),
+            | DomainStep::Register { .. }
+            | DomainStep::CloneMemory { .. } => Ok(()),
         }
     }
 

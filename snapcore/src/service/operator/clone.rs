@@ -162,7 +162,12 @@ fn not_started(
     let kind = if kind == ErrorKind::Cancelled { kind } else { ErrorKind::Io };
     Error::new(
         kind,
-        format!("{} of {} clones were not started: {}", failed.len(), request.clones.len(), reasons.join("; ")),
+        format!(
+            "{} of {} clones were not started: {}",
+            failed.len(),
+            request.clones.len(),
+            reasons.join("; ")
+        ),
     )
     .state(format!("all clones are made and registered; {running}; these do not: {not}"))
     .advise(format!("`{command}` starts one from the snapshot's memory"))
