@@ -55,7 +55,7 @@ impl Sequential {
     /// Begins the layout of an image.
     ///
     /// # Errors
-    /// Those of [`super::create`].
+    /// Those of [`super::create()`].
     pub fn new(new: &NewImage) -> Result<Self> {
         let (header, head) = plan(new)?;
         let geometry = Geometry::of(&header);
