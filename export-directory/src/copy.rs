@@ -95,8 +95,9 @@ impl Layout {
         new.backing = backing.map(|file| Backing { file, format: Some("qcow2".to_owned()) });
         let is_overlay = new.backing.is_some();
         let mut sequential = Sequential::new(&new).map_err(Error::from)?;
-        let all = [0..size];
-        let ranges = source.changed.as_deref().filter(|_| is_overlay).unwrap_or(&all);
+        let all = 0..size;
+        let changed = source.changed.as_deref().filter(|_| is_overlay);
+        let ranges = changed.unwrap_or(std::slice::from_ref(&all));
         let cluster = sequential.cluster_size();
         let mut from = 0;
         for range in ranges {

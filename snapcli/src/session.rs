@@ -140,7 +140,12 @@ impl Session {
             })
         });
         progress.end();
-        done.map_err(|error| Failure::of(error, true))
+        // What was found before the first write is a refusal.
+        let is_begun = |error: &Error| error.state_now() != Some("no changes made");
+        done.map_err(|error| {
+            let started = is_begun(&error);
+            Failure::of(error, started)
+        })
     }
 
     /// Builds the answer of a changing command: empty with `--quiet`.

@@ -430,7 +430,7 @@ fn export_holds_its_snapshot() -> Result<()> {
     let data = operations
         .iter()
         .rev()
-        .find(|o| o.line.starts_with("write ") && o.line.contains(".part"))
+        .find(|o| o.line.starts_with("write ") && o.line.contains(".domsnap-0.part"))
         .context("a write")?;
     for foreign in [false, true] {
         let stopped = shim::stopping(shim::watching(domain.domsnap(), domain.root())?, data.number);

@@ -55,7 +55,7 @@ impl Sequential {
     /// Begins the layout of an image.
     ///
     /// # Errors
-    /// Those of [`super::create`].
+    /// Those of [`super::create()`].
     pub fn new(new: &NewImage) -> Result<Self> {
         let (header, head) = plan(new)?;
         let geometry = Geometry::of(&header);
@@ -82,7 +82,7 @@ impl Sequential {
             return;
         }
         let per_table = self.geometry.l2_entries();
-        for cluster in range.start >> bits..(end - 1 >> bits) + 1 {
+        for cluster in (range.start >> bits)..=((end - 1) >> bits) {
             let table = self.tables.entry(cluster / per_table);
             let map = table.or_insert_with(|| vec![0; (per_table / 4).max(1) as usize].into_boxed_slice());
             let entry = cluster % per_table;
@@ -93,7 +93,7 @@ impl Sequential {
             if new == DATA && old != DATA {
                 self.clusters += 1;
             }
-            *byte = *byte & !(3 << shift) | new << shift;
+            *byte = (*byte & !(3 << shift)) | (new << shift);
         }
     }
 
