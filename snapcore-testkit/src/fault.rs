@@ -256,6 +256,9 @@ impl DiskSnapshotter for FaultyBackend {
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()
     }
+    async fn borrow(&self, disk: &DiskRecord) -> Result<Option<Guard>> {
+        self.inner.borrow(disk).await
+    }
     fn scheme(&self) -> Option<&str> {
         self.inner.scheme()
     }

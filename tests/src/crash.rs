@@ -220,7 +220,7 @@ pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
     let Some(before) = index.checked_sub(1) else { return true };
     let temporary = |index: usize| operations[index].is_within_a_temporary();
     let same = operations[before].line.starts_with("flush ") || is_within_a_transaction(operations, index);
-    !same && (!(temporary(before) && temporary(index)) || index % 4 == 0)
+    !same && (!(temporary(before) && temporary(index)) || index.is_multiple_of(4))
 }
 
 /// Of instants that another suite tries too, one of so many is tried: `DOMSNAP_STRIKES_EVERY`, by default 2.
@@ -244,7 +244,7 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         // What is half written in SQLite's log fails its checksum: the same as not written. A temporary file
         // with half of a write is one with less in it, as above.
         let torn = operations.iter().filter(|o| {
-            let is_own = !o.is_of_the_log() && (!o.is_within_a_temporary() || o.number % 4 == 0);
+            let is_own = !o.is_of_the_log() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
             !write && o.can_tear() && (every || is_own)
         });
         let instants = instants.chain(torn.map(|o| (o.number, true)));
@@ -370,7 +370,8 @@ fn describe(record: &Record, records: &[Record]) -> String {
 pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) -> Result<()> {
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
-        // SQLite is told of each of its frames alike. Where space alone is missing, what needs none goes on.
+        // An error of one frame of SQLite is like that of another. Where space alone is missing, what needs
+        // none goes on.
         let needs_space = |line: &str| !line.starts_with("unlink ") && !line.starts_with("flush ");
         let is_own = |index: &usize| {
             !is_within_a_transaction(&operations, *index)

@@ -494,7 +494,7 @@ fn sum_of_file(file: &fs::File) -> Result<u64> {
 /// What of a disk is looked at as one.
 const BLOCK: usize = 4096;
 
-/// A checksum of what is at `place` of a disk, which zeros do not change: a hole and written zeros are the same.
+/// A checksum of what is at `place` of a disk. Zeros do not change it: a hole and written zeros are the same.
 fn sum(place: u64, bytes: &[u8]) -> u64 {
     let blocks = bytes.chunks(BLOCK).zip((place..).step_by(BLOCK));
     let written = blocks.filter(|(block, _)| block.iter().any(|byte| *byte != 0));

@@ -57,9 +57,9 @@ impl Counted {
 
     /// Whether all that it changes is what a temporary file has in it, or whether that is there.
     pub fn is_within_a_temporary(&self) -> bool {
-        let mut words = self.line.split(' ');
-        let kind = words.next().unwrap_or_default();
-        let path = words.next().unwrap_or_default();
+        let mut fields = self.line.split(' ');
+        let kind = fields.next().unwrap_or_default();
+        let path = fields.next().unwrap_or_default();
         !["rename", "link"].contains(&kind)
             && [".domsnap-new", ".domsnap-switch", ".json.tmp", ".part"].iter().any(|end| path.ends_with(end))
     }

@@ -127,16 +127,16 @@ pub fn rebase(layer: &camino::Utf8Path, overlay: &DiskAddress) -> String {
     format!("`{}`", shell_command(args))
 }
 
-/// `FILE stands on BASE`, `FILE and 2 other images stand on BASE`; users that are no images, which have their
-/// names in brackets, use it.
+/// `FILE depends on BASE`, `FILE and 2 other images depend on BASE`; users that are no images, which have
+/// their names in brackets, use it.
 pub(super) fn standing(dependents: &[DiskAddress], base: &str) -> String {
     let in_brackets = |user: &&DiskAddress| user.as_str().starts_with('(');
     let (users, images): (Vec<_>, Vec<_>) = dependents.iter().partition(in_brackets);
     let mut clauses = match images[..] {
         [] => Vec::new(),
-        [one] => vec![format!("{one} stands on {base}")],
-        [first, _] => vec![format!("{first} and another image stand on {base}")],
-        [first, ..] => vec![format!("{first} and {} other images stand on {base}", images.len() - 1)],
+        [one] => vec![format!("{one} depends on {base}")],
+        [first, _] => vec![format!("{first} and another image depend on {base}")],
+        [first, ..] => vec![format!("{first} and {} other images depend on {base}", images.len() - 1)],
     };
     clauses
         .extend(users.iter().map(|user| format!("{} uses {base}", user.as_str().trim_matches(['(', ')']))));
@@ -147,18 +147,18 @@ pub(super) fn standing(dependents: &[DiskAddress], base: &str) -> String {
 mod tests {
     use super::*;
 
-    /// Images stand on a layer; a process or another name, which has its own in brackets, uses it.
+    /// Images depend on a layer; a process or another name, which has its own in brackets, uses it.
     #[test]
     fn dependents_are_named_as_what_they_are() {
         let (link, process) = ("(a hard link of it in another directory)", "(a running process)");
         for (dependents, said) in [
-            (&["/a"][..], "/a stands on it"),
-            (&["/a", "/b"], "/a and another image stand on it"),
-            (&["/a", "/b", "/c"], "/a and 2 other images stand on it"),
+            (&["/a"][..], "/a depends on it"),
+            (&["/a", "/b"], "/a and another image depend on it"),
+            (&["/a", "/b", "/c"], "/a and 2 other images depend on it"),
             (&[link], "a hard link of it in another directory uses it"),
             (
                 &[link, "/a", process],
-                "/a stands on it, and a hard link of it in another directory uses it, and a running process uses it",
+                "/a depends on it, and a hard link of it in another directory uses it, and a running process uses it",
             ),
         ] {
             let dependents: Vec<DiskAddress> = dependents.iter().map(|name| (*name).into()).collect();

@@ -32,15 +32,15 @@ const CASES: &[TestCase] = &[
     // Snapshots in a chain are deleted while the guest runs.
     TestCase::new("chain_is_deleted_while_the_guest_runs", delete_live),
     TestCase::new(
-        // A revert whose domain cannot be made brings the previous guest back; a domain that is off is started
-        // where its snapshot was and its snapshots are deleted.
+        // A revert whose domain cannot be made brings the previous guest back; a domain that is off is
+        // started where its snapshot was and its snapshots are deleted.
         "domain_that_is_not_made_comes_back_and_one_that_is_off_starts",
         away,
     ),
     TestCase::new(
-        // One guest, to which nothing happens: an image that it has open is refused at rest; paused, its disks are
-        // taken and its memory is not; a memory image that was cut short, a config of another domain, a disk that
-        // is attached later are refused; a save that fills the disk is undone.
+        // One guest, to which nothing happens: an image that it has open is refused at rest; paused, its
+        // disks are taken and its memory is not; a memory image that was cut short, a config of another
+        // domain, a disk that is attached later are refused; a save that fills the disk is undone.
         "what_cannot_be_done_is_refused_and_the_guest_goes_on",
         refusals,
     ),
