@@ -516,6 +516,9 @@ mod layers_are_no_disks {
 mod killed_anywhere {
     use super::*;
 
+    /// Of so few instants, all are tried.
+    const FEW: usize = 20;
+
     /// Runs `args` on what `prepare` made, killed before each of its operations in turn; `after` looks.
     fn everywhere(
         domain: &Domain,
@@ -529,10 +532,11 @@ mod killed_anywhere {
         let domsnap = shim::watching(domain.domsnap(), domain.root())?;
         shim::counting(domsnap, &file).done(args)?;
         let operations = shim::counted(&file)?;
-        let distinguished =
-            (0..operations.len()).filter(|index| crash::is_distinguished(&operations, *index));
+        let distinguished: Vec<_> =
+            (0..operations.len()).filter(|index| crash::is_distinguished(&operations, *index)).collect();
+        let every = if distinguished.len() > FEW { crash::sampled() } else { 1 };
         let mut killed = 0;
-        for operation in distinguished.map(|index| &operations[index]).step_by(crash::sampled()) {
+        for operation in distinguished.into_iter().map(|index| &operations[index]).step_by(every) {
             domain.restore_from(&kept)?;
             let domsnap = shim::watching(domain.domsnap(), domain.root())?;
             let outcome = shim::killing(domsnap, operation.number, false).run(args)?;
