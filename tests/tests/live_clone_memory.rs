@@ -229,8 +229,7 @@ fn clones_continue_from_one_memory() -> Result<()> {
     println!("Pss of the clones: {shares:?} MiB");
     ensure!(ids.len() == 5, "clones have the same generation ID: {ids:?}");
     ensure!(clones.shell("w-1", "dmesg | grep -q 'virtual machine fork'")? == 0, "its guest saw no other ID");
-    // The clock is the host's, though the memory is older, unless a note says that the agent did not answer in
-    // time.
+    // The clock is the host's, though the memory is older, unless a note says that the agent did not answer.
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs() - 2;
     ensure!(
         clones.shell("w-1", &format!("[ $(date +%s) -ge {now} ]"))? == 0 || outcome.stdout.contains("clock"),
