@@ -12,12 +12,6 @@ use rustix::io::Errno;
 use snapcore::backend::{Differences, DiskState, PointExtent, PointImage, Ranges};
 use snapcore::{DiskRecord, Error, ErrorKind, Point, Result};
 
-/// Bytes that are read at once from each of the two.
-const STEP: u64 = 1 << 20;
-
-/// Bytes that are compared at once, from a multiple of this on.
-const BLOCK: u64 = 64 << 10;
-
 /// An open point, or the disk itself.
 pub(crate) struct OpenPoint {
     file: File,
@@ -49,28 +43,11 @@ pub(crate) fn compare(from: OpenPoint, to: OpenPoint) -> Result<Differences> {
     let mut ranges = Ranges::default();
     let end = from.size.min(to.size);
     let mut at = 0;
-    let (mut one, mut other) = (vec![0; STEP as usize], vec![0; STEP as usize]);
     while at < end {
         let (a, b) = (from.extent(at, end)?, to.extent(at, end)?);
         let next = a.end.min(b.end).max(at + 1);
-        if a.zero && b.zero {
-            at = next;
-            continue;
-        }
-        // Up to a multiple of the step, so that blocks are those of the disk.
-        let next = next.min((at / STEP + 1) * STEP);
-        let length = (next - at) as usize;
-        let (Some(ours), Some(theirs)) = (one.get_mut(..length), other.get_mut(..length)) else { break };
-        from.read_at(ours, at)?;
-        to.read_at(theirs, at)?;
-        let mut start = at;
-        while start < next {
-            let stop = ((start / BLOCK + 1) * BLOCK).min(next);
-            let part = (start - at) as usize..(stop - at) as usize;
-            if ours.get(part.clone()) != theirs.get(part) {
-                ranges.add(start..stop);
-            }
-            start = stop;
+        if !(a.zero && b.zero) {
+            ranges.add_differences(&from, &to, at..next)?;
         }
         at = next;
     }

@@ -8,6 +8,12 @@ use crate::error::Result;
 /// The most ranges that a comparison keeps. Beyond it, ranges that are near each other become one.
 const MAX_RANGES: usize = 1 << 20;
 
+/// Bytes that are read at once from each of two states.
+const STEP: u64 = 1 << 20;
+
+/// Bytes of a disk that are compared at once, from a multiple of this on.
+const BLOCK: u64 = 64 << 10;
+
 /// An open state of a disk. It stays readable while a running domain writes the disk's current state, and
 /// while other points of the disk are taken and deleted.
 ///
@@ -102,6 +108,41 @@ impl Ranges {
         }
     }
 
+    /// Adds the blocks of a range, of 64 KiB from a multiple of that on, in which the data of two points
+    /// differ. Both have the range. Its data are read, 1 MiB at a time.
+    ///
+    /// # Errors
+    /// Those of the points.
+    pub fn add_differences(
+        &mut self,
+        from: &dyn PointImage,
+        to: &dyn PointImage,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let most = range.end.saturating_sub(range.start).min(STEP) as usize;
+        let (mut ours, mut theirs) = (vec![0; most], vec![0; most]);
+        let mut at = range.start;
+        while at < range.end {
+            // Up to a multiple of the step, so that blocks are those of the disk.
+            let end = range.end.min((at / STEP + 1) * STEP);
+            let length = (end - at) as usize;
+            let (Some(ours), Some(theirs)) = (ours.get_mut(..length), theirs.get_mut(..length)) else {
+                break;
+            };
+            from.read_at(ours, at)?;
+            to.read_at(theirs, at)?;
+            while at < end {
+                let stop = end.min((at / BLOCK + 1) * BLOCK);
+                let part = length - (end - at) as usize..length - (end - stop) as usize;
+                if ours.get(part.clone()) != theirs.get(part) {
+                    self.add(at..stop);
+                }
+                at = stop;
+            }
+        }
+        Ok(())
+    }
+
     /// True if ranges near each other were made one.
     pub fn is_coarse(&self) -> bool {
         self.gap > 0
@@ -130,6 +171,43 @@ impl Ranges {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Bytes(Vec<u8>);
+
+    impl PointImage for Bytes {
+        fn size(&self) -> u64 {
+            self.0.len() as u64
+        }
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+            let from = offset as usize;
+            buf.copy_from_slice(&self.0[from..from + buf.len()]);
+            Ok(())
+        }
+        fn extents(&self, start: u64, end: u64, _: usize) -> Result<Vec<PointExtent>> {
+            Ok(vec![PointExtent { start, end, zero: false }])
+        }
+        fn require_still(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The blocks with a byte that differs are found, over the bounds of a reading, and no others; the ends
+    /// are those of the range.
+    #[test]
+    fn blocks_that_differ_are_found() {
+        let from = Bytes(vec![0; 3 * STEP as usize]);
+        let mut to = Bytes(from.0.clone());
+        for at in [10, BLOCK, STEP - 1, STEP, 2 * STEP + 5 * BLOCK + 7] {
+            to.0[at as usize] = 1;
+        }
+        let mut ranges = Ranges::default();
+        ranges.add_differences(&from, &to, 5..2 * STEP + 5 * BLOCK + 8).unwrap();
+        let last = 2 * STEP + 5 * BLOCK;
+        assert_eq!(ranges.into_vec(), [5..2 * BLOCK, STEP - BLOCK..STEP + BLOCK, last..last + 8]);
+        let mut none = Ranges::default();
+        none.add_differences(&from, &to, 2 * BLOCK..2 * BLOCK).unwrap();
+        assert_eq!(none.into_vec(), []);
+    }
 
     #[test]
     fn adjacent_ranges_are_one() {

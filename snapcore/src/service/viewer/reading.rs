@@ -17,12 +17,6 @@ use crate::service::locator::{Live, Located, attached};
 use crate::snapshot::{DiskPoint, Point, Snapshot};
 use crate::state::DiskState;
 
-/// Bytes of a disk that are compared at once, from a multiple of this on.
-const BLOCK: u64 = 64 << 10;
-
-/// Bytes that are read at once from each of two states.
-const STEP: u64 = 1 << 20;
-
 /// Extents that are asked for at once.
 const EXTENTS: usize = 1024;
 
@@ -334,27 +328,9 @@ fn disk_diff(target: Target, found: &Differences, exact: bool) -> Result<DiskDif
 /// The blocks of the ranges whose data differ, and what is beyond the end of the first disk.
 fn by_data(found: &Differences) -> Result<Vec<Range<u64>>> {
     let mut ranges = Ranges::default();
-    let (mut ours, mut theirs) = (vec![0; STEP as usize], vec![0; STEP as usize]);
     for range in &found.ranges {
         let both = range.end.min(found.from.size()).max(range.start);
-        let mut at = range.start;
-        while at < both {
-            let end = both.min((at / STEP + 1) * STEP);
-            let length = (end - at) as usize;
-            let (Some(one), Some(other)) = (ours.get_mut(..length), theirs.get_mut(..length)) else { break };
-            found.from.read_at(one, at)?;
-            found.to.read_at(other, at)?;
-            let mut start = at;
-            while start < end {
-                let stop = end.min((start / BLOCK + 1) * BLOCK);
-                let part = (start - at) as usize..(stop - at) as usize;
-                if one.get(part.clone()) != other.get(part) {
-                    ranges.add(start..stop);
-                }
-                start = stop;
-            }
-            at = end;
-        }
+        ranges.add_differences(found.from.as_ref(), found.to.as_ref(), range.start..both)?;
         ranges.add(both..range.end);
     }
     Ok(ranges.into_vec())
