@@ -2,9 +2,10 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use domsnap_tests::domsnap::status;
+use anyhow::{Context, Result, bail, ensure};
+use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::{qemu, report};
 use serde_json::Value;
@@ -25,6 +26,20 @@ fn held(live: &Live, snapshot: &str, target: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Runs a command until no other one has the domain's lock: an export takes it for moments too.
+fn done_in_turn(domsnap: &Domsnap, args: &[&str]) -> Result<()> {
+    for _ in 0..200 {
+        let outcome = domsnap.run(args)?;
+        if outcome.status == Some(status::REFUSED) && outcome.stderr.contains("is being worked on") {
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        ensure!(outcome.status == Some(status::DONE), "{outcome}");
+        return Ok(());
+    }
+    bail!("the domain was always locked")
+}
+
 /// Internal and external snapshots with memory and without are exported while the guest writes: each file
 /// holds what the snapshot holds, the guest notices nothing, and it boots from an export.
 #[test]
@@ -38,21 +53,12 @@ fn exports_of_a_running_guest() -> Result<()> {
     let others = std::thread::spawn(move || -> Result<()> {
         for number in 0..3 {
             let name = format!("other{number}");
-            domsnap.done(&["create", NAME, &name, "--internal", "--disk-only"])?;
-            domsnap.done(&["delete", NAME, &name])?;
+            done_in_turn(&domsnap, &["create", NAME, &name, "--internal", "--disk-only"])?;
+            done_in_turn(&domsnap, &["delete", NAME, &name])?;
         }
         Ok(())
     });
-    // The other commands take the domain's lock for moments.
-    let exported = (0..20).find_map(|_| {
-        let outcome = live.domsnap().run(&["export", NAME, "s1", "--to", &to]);
-        match outcome {
-            Ok(outcome) if outcome.status == Some(status::REFUSED) && outcome.stderr.contains("lock") => None,
-            other => Some(other),
-        }
-    });
-    let exported = exported.context("it was always locked")??;
-    ensure!(exported.status == Some(status::DONE), "{exported}");
+    done_in_turn(&live.domsnap(), &["export", NAME, "s1", "--to", &to])?;
     others.join().map_err(|_| anyhow::anyhow!("the other snapshots"))??;
     live.create("s2", &["--external", "--disk-only"])?;
     live.create("s3", &["--internal", "--disk-only"])?;
