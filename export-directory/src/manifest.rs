@@ -1,18 +1,17 @@
 //! The manifest of a directory of exports.
 //!
-//! It is an envelope like that of snapshots' manifests: a version, the CRC-32 of the content's text, and the
-//! content. The checksum finds damage. It proves nothing about who wrote the file.
+//! It is an [`Envelope`], whose checksum finds damage. Nothing in it is authoritative: all of it is checked.
 
 use std::collections::{HashMap, HashSet};
 
+use checked_json::Envelope;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 use snapcore::{Consistency, DomainName, Snapshot, SnapshotId, SnapshotName, Target};
 use uuid::Uuid;
 
-/// The version of the envelope and of its content.
-const VERSION: u32 = 1;
+/// The envelope of the files that domsnap itself reads here, and the version of their content.
+const ENVELOPE: Envelope = Envelope::new("domsnap-export", 1);
 
 /// The longest manifest that is read, in bytes.
 pub(crate) const MAX_BYTES: u64 = 64 << 20;
@@ -280,25 +279,8 @@ impl Export {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct Envelope<T> {
-    #[serde(rename = "domsnap-export")]
-    version: u32,
-    /// The checksum of the content's bytes, exactly as the file has them: 8 hex digits.
-    crc32: String,
-    content: T,
-}
-
 pub(crate) fn envelope<T: Serialize>(content: &T) -> Result<Vec<u8>, String> {
-    let said = |cause: serde_json::Error| cause.to_string();
-    let content = serde_json::to_string_pretty(content).map_err(said)?;
-    let envelope = Envelope {
-        version: VERSION,
-        crc32: format!("{:08x}", crc32fast::hash(content.as_bytes())),
-        content: RawValue::from_string(content).map_err(said)?,
-    };
-    let mut text = serde_json::to_vec(&envelope).map_err(said)?;
-    text.push(b'\n');
+    let text = ENVELOPE.write_in_lines(content).map_err(|cause| cause.to_string())?;
     match u64::try_from(text.len()) {
         Ok(length) if length <= MAX_BYTES => Ok(text),
         _ => Err(format!("it would be longer than {MAX_BYTES} bytes")),
@@ -306,18 +288,5 @@ pub(crate) fn envelope<T: Serialize>(content: &T) -> Result<Vec<u8>, String> {
 }
 
 pub(crate) fn open_envelope<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    let envelope: Envelope<&RawValue> =
-        serde_json::from_slice(bytes).map_err(|cause| format!("it is no manifest of exports: {cause}"))?;
-    if envelope.version != VERSION {
-        return Err(format!(
-            "it is of version {}, and this domsnap knows version {VERSION}",
-            envelope.version
-        ));
-    }
-    let found = format!("{:08x}", crc32fast::hash(envelope.content.get().as_bytes()));
-    if found != envelope.crc32 {
-        return Err(format!("its content has the checksum {found}, and it says {}", envelope.crc32));
-    }
-    serde_json::from_str(envelope.content.get())
-        .map_err(|cause| format!("its content is not understood: {cause}"))
+    ENVELOPE.read(bytes).map_err(|cause| cause.to_string())
 }

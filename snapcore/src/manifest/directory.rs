@@ -1,7 +1,7 @@
 //! Manifests as files in a directory beside the first disk.
 //!
-//! `domain.json` describes the domain, one `<snapshot id>.json` a snapshot. Each is an envelope: a version,
-//! the CRC-32 of the content's text, and the content.
+//! `domain.json` describes the domain, one `<snapshot id>.json` a snapshot. Each is an
+//! [`Envelope`] of its own kind, which shows damage.
 //!
 //! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then
 //! the directory is flushed once for all. `domain.json` is renamed last. It has the catalogue's revision that
@@ -18,9 +18,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use checked_json::Envelope;
 use confined_files::{Directory, FileName, Kind, is_trusted, refusal};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
 use super::{DomainManifest, Found, Item, ManifestStore, Problem};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
@@ -28,8 +28,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::shell::shell_word;
 use crate::snapshot::{Snapshot, SnapshotId};
 
-/// The version of the envelope and of its content.
-pub(crate) const VERSION: u32 = 1;
+/// The envelope of all files here, and the version of their content.
+const ENVELOPE: Envelope = Envelope::new("domsnap-manifest", 1);
 
 /// The size of the longest manifest that is read: a snapshot of a thousand disks is far below it.
 pub(crate) const MAX_BYTES: u64 = 4 << 20;
@@ -50,16 +50,6 @@ const TEMPORARY_SUFFIX: &str = ".tmp";
 
 /// The suffix for the name of a manifest whose content could not be imported: it is read no more.
 const ASIDE_SUFFIX: &str = ".left-out";
-
-#[derive(Serialize, Deserialize)]
-struct Envelope<T> {
-    /// [`VERSION`].
-    #[serde(rename = "domsnap-manifest")]
-    version: u32,
-    /// The checksum of the content's bytes, exactly as the file has them: 8 hex digits.
-    crc32: String,
-    content: T,
-}
 
 /// The content of a snapshot's file.
 #[derive(Serialize, Deserialize)]
@@ -391,14 +381,7 @@ fn names_in(directory: &Directory) -> io::Result<BTreeSet<String>> {
 /// Writes one: under a temporary name that is new, flushed, and renamed while it is the file that was
 /// written.
 fn put<T: Serialize>(directory: &Directory, name: &str, content: &T) -> io::Result<()> {
-    let content = serde_json::to_string(content)?;
-    let envelope = Envelope {
-        version: VERSION,
-        crc32: format!("{:08x}", crc32fast::hash(content.as_bytes())),
-        content: RawValue::from_string(content)?,
-    };
-    let mut text = serde_json::to_vec(&envelope)?;
-    text.push(b'\n');
+    let text = ENVELOPE.write(content).map_err(io::Error::other)?;
     let (temporary, name) = (file_name(&format!("{name}{TEMPORARY_SUFFIX}"))?, file_name(name)?);
     directory.remove(&temporary)?;
     let write = || {
@@ -463,20 +446,7 @@ fn open_domain(bytes: &[u8]) -> Result<DomainManifest, String> {
 }
 
 fn open_envelope<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    let envelope: Envelope<&RawValue> =
-        serde_json::from_slice(bytes).map_err(|cause| format!("it is not a manifest: {cause}"))?;
-    if envelope.version != VERSION {
-        return Err(format!(
-            "it is of version {}, and this domsnap knows version {VERSION}",
-            envelope.version
-        ));
-    }
-    let found = format!("{:08x}", crc32fast::hash(envelope.content.get().as_bytes()));
-    if found != envelope.crc32 {
-        return Err(format!("its content has the checksum {found}, and it says {}", envelope.crc32));
-    }
-    serde_json::from_str(envelope.content.get())
-        .map_err(|cause| format!("its content is not understood: {cause}"))
+    ENVELOPE.read(bytes).map_err(|cause| cause.to_string())
 }
 
 #[cfg(test)]
