@@ -19,18 +19,9 @@ use hypervisor_qemu::{
 use kit::BUDGET;
 use qmp::Agent;
 use rustix::process::{Pid, Signal, kill_process};
-use testguest::{Guest, GuestOptions, Version};
+use testguest::{Guest, GuestOptions};
 
 const LIVE: SaveMode = SaveMode::Live { budget: BUDGET };
-
-/// The versions of QEMU that are killed: the old one with `DOMSNAP_LIVE_EVERY=1` alone. What is tried is how
-/// this crate bears the loss, and that does not depend on the version.
-fn versions() -> Vec<Version> {
-    match std::env::var("DOMSNAP_LIVE_EVERY").as_deref() {
-        Ok("1") => vec![Version::New, Version::Old],
-        _ => vec![Version::New],
-    }
-}
 
 fn kill(guest: &Guest) -> Result<()> {
     let pid = guest.pid().context("it runs")?;
@@ -84,7 +75,7 @@ fn present(guest: &Guest, overlays: &[PathBuf]) -> Vec<PathBuf> {
 /// A kill of QEMU in the cut is an error, and the disks are intact.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
-    for version in versions() {
+    for version in kit::versions() {
         for (after, live) in
             [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, SaveMode::Paused)]
         {
@@ -122,7 +113,7 @@ async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
 /// A kill of QEMU in a merge is an error, and the chain is intact.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_merge_leaves_the_chain_intact() -> Result<()> {
-    for version in versions() {
+    for version in kit::versions() {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
@@ -184,7 +175,7 @@ async fn kill_in_a_merge_leaves_the_chain_intact() -> Result<()> {
 /// A kill of QEMU in a revert or a detach is an error, and not a hang.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_revert_or_detach_is_an_error() -> Result<()> {
-    for version in versions() {
+    for version in kit::versions() {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;

@@ -101,7 +101,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
 /// A compressed memory image is loaded in place and started from, and nothing else is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn compressed_memory_is_loaded_and_started() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         let machine = run.live()?.seen().machine.clone();
         let overlays = vec![run.overlay(0)?, run.overlay(1)?];
@@ -214,7 +214,7 @@ impl Inside for Copies {
 /// A raw disk that its backend copies is of the same instant, and is reattached in a detached section.
 #[tokio::test(flavor = "multi_thread")]
 async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version).raw(&[1]);
             let mut run = Run::new(kit::loaded(if drive { options.drive() } else { options })?).await?;
@@ -273,7 +273,7 @@ async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
 /// A cut is undone, and all later writes of the guest are kept.
 #[tokio::test(flavor = "multi_thread")]
 async fn cut_is_undone_with_later_writes() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         for (drive, crash) in [(false, true), (true, false)] {
             let options = GuestOptions::new().version(version);
             let mut run = Run::new(kit::loaded(if drive { options.drive() } else { options })?).await?;
@@ -523,7 +523,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
 /// A detached section that is undone leaves the disks and the guest as they were.
 #[tokio::test(flavor = "multi_thread")]
 async fn undone_detached_section_changes_nothing() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         for (runs, crash) in [(true, false), (true, true), (false, true)] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
             if !runs {

@@ -176,7 +176,7 @@ fn allocated(file: &Path) -> Result<u64> {
 /// whole, byte by byte.
 #[tokio::test(flavor = "multi_thread")]
 async fn split_is_the_same_machine() -> Result<()> {
-    for version in kit::BOTH {
+    for version in kit::versions() {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let frozen = guest.disks();
         let (image, split) = taken_apart(&mut guest).await?;
@@ -205,7 +205,7 @@ async fn split_is_the_same_machine() -> Result<()> {
 /// Four clones tick at once, balloons too, and neither content nor holes of the RAM change.
 #[tokio::test(flavor = "multi_thread")]
 async fn clones_never_change_the_ram() -> Result<()> {
-    for version in kit::BOTH {
+    for version in kit::versions() {
         let balloon = version == Version::New;
         let mut options = GuestOptions::new().version(version);
         if balloon {
@@ -264,7 +264,7 @@ async fn clones_never_change_the_ram() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn clone_has_its_own_identity() -> Result<()> {
     let id = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
-    for version in kit::BOTH {
+    for version in kit::versions() {
         let network = ["-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,romfile="];
         let device = format!("vmgenid,guid={id}");
         let options = GuestOptions::new().version(version).more(&network).more(&["-device", &device]);

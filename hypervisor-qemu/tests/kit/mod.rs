@@ -21,6 +21,16 @@ use qmp::{Options, Qmp};
 use testguest::{Guest, GuestOptions, Version};
 
 pub const BOTH: [Version; 2] = Version::BOTH;
+
+/// The versions of QEMU for what this crate does in the same way with each: the old one with
+/// `DOMSNAP_LIVE_EVERY=1` alone.
+pub fn versions() -> Vec<Version> {
+    match std::env::var("DOMSNAP_LIVE_EVERY").as_deref() {
+        Ok("1") => BOTH.to_vec(),
+        _ => vec![Version::New],
+    }
+}
+
 pub const BUDGET: Duration = Duration::from_secs(20);
 
 /// A guest that ticks, writes random blocks and dirties memory.

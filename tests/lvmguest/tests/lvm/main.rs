@@ -34,7 +34,7 @@ fn disks_are_blank_before_each_case() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 10] = [
+static GROUPS: [Group; 12] = [
     Group::new(
         "the machine has real snapshots of volumes",
         Machine::new,
@@ -45,7 +45,9 @@ static GROUPS: [Group; 10] = [
     ),
     Group::new("thin volumes", Machine::new, matrix::THIN),
     Group::new("thick volumes", Machine::new, matrix::THICK),
+    Group::new("thick volumes where they are as thin ones", Machine::new, matrix::THICK_AS_THIN),
     Group::new("volumes under a real udev", || Machine::new().udev(true), matrix::UDEV),
+    Group::new("volumes of each sort under a real udev", || Machine::new().udev(true), matrix::UDEV_EACH),
     Group::new("volumes in trouble", Machine::new, trouble::CASES),
     Group::new("volumes and crashes", Machine::new, crash::CASES),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),

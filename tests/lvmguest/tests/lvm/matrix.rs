@@ -397,17 +397,8 @@ pub static THICK: &[TestCase] = &[
     ("the current state can be kept by a revert", || the_current_state_can_be_kept_by_a_revert(Sort::Thick)),
     ("an undo brings the replaced state back", || an_undo_brings_the_replaced_state_back(Sort::Thick)),
     ("several volumes are one domain", || several_volumes_are_one_domain(Sort::Thick)),
-    ("both forms of a path are understood, and are one disk", || {
-        both_forms_of_a_path_are_understood_and_are_one_disk(Sort::Thick)
-    }),
-    ("points are found again by their tags alone", || {
-        points_are_found_again_by_their_tags_alone(Sort::Thick)
-    }),
     ("a snapshot that another program made is adopted", || {
         a_snapshot_that_another_program_made_is_adopted(Sort::Thick)
-    }),
-    ("a dry run prints the steps and does nothing", || {
-        a_dry_run_prints_the_steps_and_does_nothing(Sort::Thick)
     }),
     ("a volume that is open is refused, with who has it", || {
         a_volume_that_is_open_is_refused_with_who_has_it(Sort::Thick)
@@ -416,13 +407,28 @@ pub static THICK: &[TestCase] = &[
     ("a clone of a thick volume is refused", || clones_are_domains_of_their_own(Sort::Thick)),
 ];
 
+/// Where thick volumes are as thin ones: names, tags and plans.
+pub static THICK_AS_THIN: &[TestCase] = &[
+    ("both forms of a path are understood, and are one disk", || {
+        both_forms_of_a_path_are_understood_and_are_one_disk(Sort::Thick)
+    }),
+    ("points are found again by their tags alone", || {
+        points_are_found_again_by_their_tags_alone(Sort::Thick)
+    }),
+    ("a dry run prints the steps and does nothing", || {
+        a_dry_run_prints_the_steps_and_does_nothing(Sort::Thick)
+    }),
+];
+
 /// With a real udev, whose links come and go with devices.
-pub static UDEV: &[TestCase] = &[
+pub static UDEV: &[TestCase] = &[("thin and thick volumes are one domain", mixed_volumes_are_one_domain)];
+
+/// More of it.
+pub static UDEV_EACH: &[TestCase] = &[
     ("every thin point can be reverted to, again and again", || {
         every_point_can_be_reverted_to_again_and_again(Sort::Thin)
     }),
     ("every thick point can be reverted to, again and again", || {
         every_point_can_be_reverted_to_again_and_again(Sort::Thick)
     }),
-    ("thin and thick volumes are one domain", mixed_volumes_are_one_domain),
 ];
