@@ -34,4 +34,5 @@ mod section;
 mod users;
 mod xl;
 
+pub use list::domain_called;
 pub use saver::{Xen, register};

@@ -49,6 +49,19 @@ pub(crate) async fn row_of(xl: &Xl, name: &str) -> Result<Option<Row>> {
     Ok(all.into_iter().find(|row| row.name == name))
 }
 
+/// The name of the domain that `xl` means by a word: its number, or its name. None where Xen has no such
+/// domain, or this machine is no dom0.
+///
+/// # Errors
+/// If `xl list` fails.
+pub async fn domain_called(word: &str) -> Result<Option<String>> {
+    let Some(xl) = Xl::find() else { return Ok(None) };
+    let all = rows(&xl).await?;
+    let numbered = word.parse::<u32>().ok().and_then(|domid| all.iter().find(|row| row.domid == domid));
+    let found = numbered.or_else(|| all.iter().find(|row| row.name == word));
+    Ok(found.map(|row| row.name.clone()))
+}
+
 /// Makes the error for a domain in a transition, on which no work is possible.
 pub(crate) fn busy(name: &str, doing: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("domain {name} of Xen is {doing}"))

@@ -6,11 +6,17 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use jiff::Timestamp;
 use snapcore::hypervisor::{Control, PowerAfter, Quiesce};
-use snapcore::service::{CreateDisk, KeepPrevious};
-use snapcore::service::{DomainRef, GivenImage};
-use snapcore::{
-    ActivePath, DiskAddress, DomainName, Holder, LayerName, PointKind, SnapshotName, Target, local_zone,
-};
+use snapcore::service::{CreateDisk, DomainRef, KeepPrevious};
+use snapcore::{ActivePath, DiskAddress, DomainName, Holder, PointKind, SnapshotName, Target};
+
+mod disk;
+mod values;
+mod xl;
+
+pub use disk::{CopyFormat, Disk, Serve};
+pub use values::{DiskPlace, Moment};
+use values::{bytes, disk_choice, disk_place, skipped_disk, when, when_or_never};
+pub use xl::{Xl, XlCommand, XlCreate, XlDelete, XlList, XlRevert};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -117,6 +123,8 @@ pub enum Command {
     /// Snapshots of one image, without a domain
     #[command(subcommand)]
     Disk(Disk),
+    /// The snapshot commands that the design paper gave to `xl`
+    Xl(Xl),
     /// Check images, catalogue and manifests for damage; make no changes
     Check(Check),
     /// Complete or roll back interrupted operations; run deferred merges
@@ -188,7 +196,7 @@ pub struct Create {
 }
 
 /// Options for a snapshot of a running domain.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Running domains")]
 pub struct CreateRunning {
     /// Include the guest's memory [default if the domain runs]
@@ -535,10 +543,6 @@ pub struct Expire {
     pub dry_run: bool,
 }
 
-/// A time, or none.
-#[derive(Debug, Clone, Copy)]
-pub struct Moment(pub Option<Timestamp>);
-
 #[derive(Debug, Args)]
 pub struct History {
     /// The domain
@@ -697,14 +701,6 @@ impl DomainAdd {
     }
 }
 
-/// A disk of a domain to register.
-#[derive(Debug, Clone)]
-pub struct DiskPlace {
-    pub target: Target,
-    pub path: Utf8PathBuf,
-    pub format: Option<String>,
-}
-
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Active {
     /// The configured path stays the active image
@@ -720,121 +716,6 @@ impl From<Active> for ActivePath {
             Active::New => Self::New,
         }
     }
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Disk {
-    /// Take a snapshot of an image [default: internal]
-    Create {
-        /// The image: PATH, or PATH,format=qcow2
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// The new snapshot's name [default: the local time]
-        name: Option<SnapshotName>,
-        #[command(flatten)]
-        kind: Kind,
-    },
-    /// Revert an image to a snapshot; the current state is discarded
-    Revert {
-        /// The image: PATH, or PATH,format=qcow2
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// The snapshot
-        name: String,
-        #[command(flatten)]
-        kind: Kind,
-    },
-    /// Delete snapshots of an image, many in one pass
-    Delete {
-        /// The image: PATH, or PATH,format=qcow2
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// The snapshots
-        #[arg(required = true, value_name = "NAME")]
-        names: Vec<String>,
-        #[command(flatten)]
-        kind: Kind,
-        /// Also delete snapshots that are damaged: they are forgotten, and their space stays in use
-        #[arg(long)]
-        force: bool,
-    },
-    /// List the snapshots of an image
-    List {
-        /// The image: PATH, or PATH,format=qcow2
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-    },
-    /// Serve an image, or a snapshot of it, over NBD until the command is terminated
-    Serve(Serve),
-    /// Check a VHD image and its chain
-    Check {
-        /// The image: PATH
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// Correct footers, batmap and the path of the parent; blocks and their table are never changed
-        #[arg(long)]
-        repair: bool,
-        /// Also read the data, to find sectors that are not in use and not zeros
-        #[arg(long)]
-        data: bool,
-    },
-    /// Copy what a VHD image and its parents show to a new file
-    Materialise {
-        /// The image: PATH
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// The new file
-        #[arg(value_hint = ValueHint::FilePath)]
-        copy: Utf8PathBuf,
-        /// The format of the copy
-        #[arg(long, value_enum, default_value = "vhd-fixed", alias = "to")]
-        format: CopyFormat,
-        /// Round the size of a fixed VHD up to a multiple of this; Azure needs 1MiB
-        #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "1MiB")]
-        align: u64,
-    },
-    /// Write into a VHD child where its parent is, after files were moved
-    Relocate {
-        /// The child: PATH
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// Its parent, which must have the id that the child states
-        #[arg(value_hint = ValueHint::FilePath)]
-        parent: Utf8PathBuf,
-    },
-    /// Make the disk of a VHD image larger
-    Resize {
-        /// The image: PATH
-        #[arg(value_hint = ValueHint::FilePath)]
-        image: GivenImage,
-        /// The new size in bytes, optionally followed by KiB, MiB or GiB (or K, M, G)
-        #[arg(value_parser = bytes)]
-        size: u64,
-    },
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum CopyFormat {
-    /// The bytes of the disk
-    Raw,
-    /// A fixed VHD
-    VhdFixed,
-}
-
-#[derive(Debug, Args)]
-pub struct Serve {
-    /// The image: PATH, or PATH,format=FORMAT with raw, qcow2 or vhd
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub image: GivenImage,
-    /// The unix socket to create; the control socket gets this name with `.control` added
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub socket: Utf8PathBuf,
-    /// Serve this snapshot, read-only, instead of the current state
-    #[arg(long, value_name = "SNAPSHOT")]
-    pub at: Option<String>,
-    /// Refuse writes of the client
-    #[arg(long)]
-    pub read_only: bool,
 }
 
 #[derive(Debug, Args)]
@@ -875,98 +756,6 @@ pub struct Import {
     pub trust: bool,
 }
 
-fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
-    let rule = "expected TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=METHOD with a method that \
-                `domsnap backends` lists for the disk's format";
-    let (target, how) = text.split_once('=').ok_or(rule)?;
-    let target = Target::new(target).map_err(|error| error.to_string())?;
-    let (how, option) = match how.split_once(',') {
-        Some((how, option)) => (how, Some(option)),
-        None => (how, None),
-    };
-    let path = match option.map(|option| option.split_once('=')) {
-        None => None,
-        Some(Some(("path", file))) if !file.is_empty() => Some(LayerName(file.to_owned())),
-        Some(_) => return Err(rule.to_owned()),
-    };
-    match (how, path) {
-        ("internal", None) => Ok((target, CreateDisk::Take(PointKind::Internal, None))),
-        ("external", path) => Ok((target, CreateDisk::Take(PointKind::External, path))),
-        ("skip", None) => Ok((target, CreateDisk::Skip)),
-        (method, None) if is_word(method) => Ok((target, CreateDisk::Method(method.to_owned()))),
-        _ => Err(rule.to_owned()),
-    }
-}
-
-fn skipped_disk(text: &str) -> Result<Target, String> {
-    match disk_choice(text) {
-        Ok((target, CreateDisk::Skip)) => Ok(target),
-        _ => Err("expected TARGET=skip".to_owned()),
-    }
-}
-
-/// Returns true if `text` can be the name of a backend's method.
-fn is_word(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-}
-
-/// Reads a size. Units are powers of 1024, with or without `iB`.
-fn bytes(text: &str) -> Result<u64, String> {
-    let rule = "expected a number of bytes, optionally followed by KiB, MiB or GiB (or K, M, G)";
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(end);
-    let unit = match unit.to_ascii_lowercase().as_str() {
-        "" => 1,
-        "k" | "kib" => 1 << 10,
-        "m" | "mib" => 1 << 20,
-        "g" | "gib" => 1 << 30,
-        _ => return Err(rule.to_owned()),
-    };
-    digits.parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).ok_or_else(|| rule.to_owned())
-}
-
-/// Reads a time: of RFC 3339, of the local zone, or a span from now (`7d`, `36h`).
-fn when(text: &str) -> Result<Timestamp, String> {
-    let now = Timestamp::now().to_zoned(local_zone());
-    if let Ok(time) = text.parse::<Timestamp>() {
-        return Ok(time);
-    }
-    if let Ok(local) = text.parse::<jiff::civil::DateTime>() {
-        return local.to_zoned(local_zone()).map(|time| time.timestamp()).map_err(|error| error.to_string());
-    }
-    let rule =
-        "expected a date (2026-12-31), a date and time (2026-12-31T18:00), or a span from now (7d, 36h)";
-    let span = text.parse::<jiff::Span>().map_err(|_| rule)?;
-    match now.checked_add(span) {
-        Ok(time) if time > now => {
-            Timestamp::from_second(time.timestamp().as_second()).map_err(|_| rule.to_owned())
-        }
-        _ => Err(rule.to_owned()),
-    }
-}
-
-fn when_or_never(text: &str) -> Result<Moment, String> {
-    match text {
-        "never" => Ok(Moment(None)),
-        text => when(text).map(Some).map(Moment),
-    }
-}
-
-fn disk_place(text: &str) -> Result<DiskPlace, String> {
-    let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
-    let (target, rest) = text.split_once('=').ok_or(rule)?;
-    let target = Target::new(target).map_err(|error| error.to_string())?;
-    let (path, format) = match rest.rsplit_once(",format=") {
-        Some((path, format)) if !format.is_empty() => (path, Some(format.to_owned())),
-        Some(_) => return Err(rule.to_owned()),
-        None => (rest, None),
-    };
-    if path.is_empty() {
-        return Err(rule.to_owned());
-    }
-    Ok(DiskPlace { target, path: path.into(), format })
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -976,90 +765,5 @@ mod tests {
     #[test]
     fn command_tree_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    /// A time is a date, a date with a time of day, or a span from now.
-    #[test]
-    fn times_are_dates_or_spans() {
-        assert_eq!(when("2026-12-31T18:00:00Z").unwrap().to_string(), "2026-12-31T18:00:00Z");
-        let local = when("2026-12-31T18:00").unwrap().to_zoned(local_zone());
-        assert_eq!(local.datetime().to_string(), "2026-12-31T18:00:00");
-        assert_eq!(when("2026-12-31").unwrap().to_zoned(local_zone()).date().to_string(), "2026-12-31");
-        let days = when("7d").unwrap().as_second() - Timestamp::now().as_second();
-        assert!((6 * 86_400..8 * 86_400).contains(&days), "{days}");
-        for bad in ["", "7", "-7d", "0s", "tomorrow", "2026-13-01", "99999999999999y"] {
-            assert!(when(bad).unwrap_err().starts_with("expected a date"), "{bad}");
-        }
-        assert!(when_or_never("never").unwrap().0.is_none());
-    }
-
-    /// Units are powers of 1024; what is no size, or too large, is refused.
-    #[test]
-    fn sizes_have_binary_units() {
-        for (text, size) in [("0", 0), ("512", 512), ("4K", 4096), ("1MiB", 1 << 20), ("1m", 1 << 20)] {
-            assert_eq!(bytes(text), Ok(size), "{text}");
-        }
-        assert_eq!([bytes("2040GiB"), bytes("3kib")], [Ok(2040 << 30), Ok(3072)]);
-        for text in
-            ["", "M", "MiB", "1MB", "1 MiB", "-1", "1.5G", "1Mi", "99999999999G", "18446744073709551616"]
-        {
-            assert!(bytes(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn create_disk_choices_are_parsed() {
-        let vda = Target::new("vda").unwrap();
-        let take = |kind, path: Option<&str>| CreateDisk::Take(kind, path.map(|p| LayerName(p.into())));
-        for (text, how) in [
-            ("vda=internal", take(PointKind::Internal, None)),
-            ("vda=external", take(PointKind::External, None)),
-            ("vda=external,path=top.qcow2", take(PointKind::External, Some("top.qcow2"))),
-            ("vda=skip", CreateDisk::Skip),
-            ("vda=reflink", CreateDisk::Method("reflink".to_owned())),
-        ] {
-            assert_eq!(disk_choice(text).unwrap(), (vda.clone(), how), "{text}");
-        }
-    }
-
-    #[test]
-    fn wrong_disk_choices_name_the_rule() {
-        for text in [
-            "vda",
-            "vda=",
-            "vda=Both!",
-            "vda=reflink,path=x",
-            "vda=internal,path=x",
-            "vda=external,path=",
-            "vda=skip,x=y",
-        ] {
-            assert!(disk_choice(text).unwrap_err().starts_with("expected TARGET="), "{text}");
-        }
-        assert!(disk_choice("a b=skip").unwrap_err().contains("letters, digits"));
-    }
-
-    #[test]
-    fn limit_takes_bytes_and_units() {
-        assert_eq!(
-            (bytes("7"), bytes("2K"), bytes("3m"), bytes("1G")),
-            (Ok(7), Ok(2048), Ok(3 << 20), Ok(1 << 30))
-        );
-        for text in ["", "K", "1T", "-1", "99999999999G"] {
-            assert!(bytes(text).unwrap_err().starts_with("expected a number"), "{text}");
-        }
-    }
-
-    #[test]
-    fn format_is_the_last_option() {
-        let place = disk_place("vda=/a,b=c.img,format=qcow2").unwrap();
-        assert_eq!((place.path.as_str(), place.format.as_deref()), ("/a,b=c.img", Some("qcow2")));
-        assert!(disk_place("vda=").is_err());
-        assert!(disk_place("vda=/x,format=").is_err());
-    }
-
-    /// No word is reserved: a disk may be called `domain`.
-    #[test]
-    fn disk_may_be_called_domain() {
-        assert_eq!(disk_place("domain=/x").unwrap().target.as_str(), "domain");
     }
 }

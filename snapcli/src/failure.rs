@@ -27,11 +27,13 @@ pub struct Failure {
     error: Box<Error>,
     changing: bool,
     started: bool,
+    /// The exit status of a command that has but one for all failures.
+    only: Option<u8>,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { error: Box::new(error), changing: false, started: false }
+        Self { error: Box::new(error), changing: false, started: false, only: None }
     }
 }
 
@@ -39,7 +41,7 @@ impl Failure {
     /// `error` of an operation that was to change things, and had been written into the journal when
     /// `started`.
     pub fn of(error: Error, started: bool) -> Self {
-        Self { error: Box::new(error), changing: true, started }
+        Self { error: Box::new(error), changing: true, started, only: None }
     }
 
     /// The same failure of an operation that was only planned: it is refused as the operation itself would
@@ -56,17 +58,33 @@ impl Failure {
             return self;
         }
         let state = format!("deleted before it: {}; the others are as they were", done.join(", "));
-        Self { error: Box::new(self.error.state(state)), changing: true, started: true }
+        Self { error: Box::new(self.error.state(state)), changing: true, started: true, ..self }
     }
 
     /// The same failure of a command that had done a part, and what that left.
     #[must_use]
     pub fn left(self, state: &str) -> Self {
-        Self { error: Box::new(self.error.state(state)), changing: true, started: true }
+        Self { error: Box::new(self.error.state(state)), changing: true, started: true, ..self }
+    }
+
+    /// The same failure of a command that ends with `status` whatever fails.
+    #[must_use]
+    pub fn ending_with(self, status: u8) -> Self {
+        Self { only: Some(status), ..self }
+    }
+
+    /// The kind of the error.
+    pub fn kind(&self) -> ErrorKind {
+        self.error.kind()
     }
 
     /// The exit status.
     pub fn exit(&self) -> u8 {
+        self.only.unwrap_or_else(|| self.meaning())
+    }
+
+    /// The exit status that says what the failure means.
+    fn meaning(&self) -> u8 {
         match self.error.kind() {
             ErrorKind::NeedsRecovery => exit::NEEDS_RECOVERY,
             ErrorKind::Usage => exit::USAGE,
@@ -99,7 +117,7 @@ impl Failure {
 
     fn body(&self) -> ErrorBody {
         let (state, advice) = (self.error.state_now(), self.error.advice());
-        let state = match (state, self.exit()) {
+        let state = match (state, self.meaning()) {
             (None, exit::REFUSED) if self.changing || self.declined() => Some("no changes made".to_owned()),
             (state, _) => state.map(str::to_owned),
         };

@@ -74,5 +74,11 @@ fn usage(error: &clap::Error) -> ExitCode {
         // If standard error is closed, there is no place left for a report.
         let _ = error.print();
     }
-    ExitCode::from(if wrong { failure::exit::USAGE } else { failure::exit::DONE })
+    // As xl itself, its commands have one status for all that fails.
+    let is_xl = std::env::args_os().nth(1).is_some_and(|word| word == "xl");
+    ExitCode::from(match (wrong, is_xl) {
+        (false, _) => failure::exit::DONE,
+        (true, false) => failure::exit::USAGE,
+        (true, true) => failure::exit::FAILED,
+    })
 }

@@ -172,6 +172,28 @@ fn revert_reports_the_power_state() -> Result<()> {
     live.sound()
 }
 
+/// The commands that the design paper gave to `xl`: memory and all disks by a file, the table, the revert.
+#[test]
+fn commands_of_xl_save_and_restore_memory() -> Result<()> {
+    let mut live = Live::new()?;
+    let (domsnap, file) = (live.domsnap(), live.guest.dir().join("xl.cfg"));
+    std::fs::write(&file, "name='paper' ; memory='yes'\ndisk=['vdev=hda,target=null',\n 'vdev=hdb']\n")?;
+    let before = live.guest.last_tick().unwrap_or_default();
+    live.run(&["xl", "snapshot-create", text(&file)?, NAME])?;
+    let after = live.guest.last_tick().unwrap_or_default();
+    std::fs::remove_file(file)?;
+    live.remember("paper", (before, after))?;
+    reported(&domsnap, &["xl", "snapshot-list", NAME], &["paper  ", " r----        No\n"])?;
+    live.revert("paper", &[])?;
+    reported(&domsnap, &["xl", "snapshot-revert", "-p", "-n", "paper", NAME], &["guest is paused"])?;
+    ensure!(document(&domsnap, &["domain", "show", NAME])?["power"] == "paused");
+    live.guest.qmp("cont", Value::Null)?;
+    live.sound()?;
+    live.forget("paper");
+    live.run(&["xl", "snapshot-delete", "-n", "paper", NAME])?;
+    live.names_true()
+}
+
 /// A dry run on a running domain prints its steps and does none.
 #[test]
 fn dry_run_lists_steps_and_does_none() -> Result<()> {

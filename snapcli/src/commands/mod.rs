@@ -16,6 +16,7 @@ mod scan;
 mod serve;
 mod show;
 mod vhd;
+mod xl;
 
 use crate::answer::Answer;
 use crate::args::{Cli, Command};
@@ -50,6 +51,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Show(show) => show::run(&open(global)?, &show),
         Command::Domain(domain) => domain::run(&open(global)?, domain),
         Command::Import(import) => domain::import(&open(global)?, import),
+        Command::Xl(xl) => xl::run(&open(global)?, xl),
         Command::Check(check) => health::check(&open(global)?, check.domain),
         Command::Recover(recover) => health::recover(&open(global)?, &recover),
         Command::Backends => Ok(generate::backends(&open(global)?)),

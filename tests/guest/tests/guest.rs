@@ -262,8 +262,8 @@ fn disk_load_writes_blocks_whose_content_is_known() -> Result<()> {
     assert_eq!(guest.verify_blocks()?, 128, "64 on each disk");
     guest.expect_no_bad()?;
 
-    // A block that others wrote is no longer what memory knows, unless the load writes it again first: it is slowed
-    // down to a block in hours.
+    // A block that others wrote is no longer what memory knows, unless the load writes it again first: it is
+    // slowed down to a block in hours.
     guest.blocks(64, 1e-4)?;
     assert_eq!(
         guest.shell("dd if=/dev/urandom of=/vdb/blocks bs=4096 count=1 conv=notrunc && sync")?.status,

@@ -340,13 +340,28 @@ fn volumes() -> Result<Vec<String>> {
     Ok(listed.split_whitespace().map(str::to_owned).collect())
 }
 
+/// Disks alone, by the commands that the design paper gave to `xl`, with name, number and configuration file.
 fn disk_only(run: &mut Run) -> Result<()> {
+    let (name, domid) =
+        (run.guest.name().to_owned(), run.guest.domid()?.context("it has no number")?.to_string());
+    let config = run.guest.dir().join("config.snapshot");
+    std::fs::write(
+        &config,
+        "name = 'disks'  # external\ndisks = [ ',,hda',\n 'vdev=xvdb' ]; type = \"external\"\n",
+    )?;
     let before = run.guest.ticks()?;
-    run.ok(&["create", "DOMAIN", "disks", "--disk-only", "--external"])?;
+    run.ok(&["xl", "snapshot-create", &config.to_string_lossy(), &name])?;
+    std::fs::remove_file(config)?;
     let after = run.guest.ticks()?;
     run.guest.expect_no_bad()?;
+    let listed = run.ok(&["xl", "snapshot-list", "-l", &domid])?;
+    let row = listed.lines().find(|line| line.contains(" disks ")).context("the snapshot is not listed")?;
+    ensure!(
+        row.ends_with("r----       Yes") && listed.contains("      xvdb             -     qcow2 /"),
+        "{listed}"
+    );
     let place = run.guest.place();
-    run.ok(&["revert", "DOMAIN", "disks"])?;
+    run.ok(&["xl", "snapshot-revert", "-n", "disks", &name])?;
     run.guest.await_boot_since(place)?;
     let counters = run.guest.wait_for(place, "the counters at the boot", |text| {
         let line = text.lines().find(|line| line.starts_with("READY "))?;
@@ -360,6 +375,8 @@ fn disk_only(run: &mut Run) -> Result<()> {
             "a disk was at {counter}, not between {before} and {after}"
         );
     }
+    run.ok(&["xl", "snapshot-delete", "-n", "disks", &name])?;
+    ensure!(run.names()? == ["s1"], "its snapshots are {:?}", run.names()?);
     run.guest.expect_no_bad()
 }
 
