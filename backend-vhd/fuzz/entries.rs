@@ -9,7 +9,10 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use backend_vhd::image::{BlockSize, Chain, ChainOptions, ImageFile, Layer, Vhd, find_parent};
+use backend_vhd::image::{
+    BlockSize, Chain, ChainOptions, ImageFile, Layer, Moving, ParentName, Severity, TimeStamp, Unflushed,
+    UniqueId, Vhd, find_parent, merge,
+};
 use image_files::engine::file::Storage;
 
 use crate::support::{Maker, Reference, relative};
@@ -19,7 +22,7 @@ type Entry = fn(&[u8]);
 
 /// All entries, by the name of their target.
 #[allow(dead_code, reason = "a fuzz target uses one entry, the test uses the table")]
-pub const ENTRIES: [(&str, Entry); 9] = [
+pub const ENTRIES: [(&str, Entry); 12] = [
     ("image", image),
     ("resealed", resealed),
     ("footer", footer),
@@ -29,6 +32,9 @@ pub const ENTRIES: [(&str, Entry); 9] = [
     ("locators", locators),
     ("batmap", batmap),
     ("chain", chain),
+    ("merged", merged),
+    ("changed", changed),
+    ("notes", notes),
 ];
 
 /// Pieces of a disk that are looked at.
@@ -276,19 +282,18 @@ pub fn batmap(bytes: &[u8]) {
     image(&file);
 }
 
-/// Three images in files. The bytes are changes: file, two bytes of a place, value.
-pub fn chain(bytes: &[u8]) {
-    let middle = || {
+/// Three images, each a child of the one before it, with changes: file, two bytes of a place, value.
+fn three(changes: &[u8]) -> [Vec<u8>; 3] {
+    let highest = || {
         let mut made = Maker::child(&top(), "child.vhd").put(4 * BLOCK, &[0x54; 1024]);
         made.locators = vec![(*b"W2ru", relative(".\\child.vhd"), 512)];
         made
     };
     static KEPT: OnceLock<Vec<u8>> = OnceLock::new();
-    let mut files =
-        [("base.vhd", sound_bottom()), ("child.vhd", sound_top()), ("top.vhd", sound(middle, &KEPT))];
-    for change in bytes.chunks_exact(4).take(256) {
+    let mut files = [sound_bottom(), sound_top(), sound(highest, &KEPT)];
+    for change in changes.chunks_exact(4).take(256) {
         let [number, high, low, value] = change else { continue };
-        let file = &mut files[usize::from(number % 3)].1;
+        let file = &mut files[usize::from(number % 3)];
         let at = usize::from(u16::from_be_bytes([*high, *low]));
         // Metadata is at the start and at the end.
         let at = if number & 0x80 == 0 { at % 4096 } else { file.len() - 1 - at % 512 };
@@ -297,7 +302,13 @@ pub fn chain(bytes: &[u8]) {
             seal_all(file);
         }
     }
-    for (name, content) in &files {
+    files
+}
+
+/// Three images in files.
+pub fn chain(bytes: &[u8]) {
+    let names = ["base.vhd", "child.vhd", "top.vhd"];
+    for (name, content) in names.iter().zip(three(bytes)) {
         std::fs::write(directory().join(name), content).expect("an image");
     }
     let options = ChainOptions::read_only().unlocked();
@@ -305,4 +316,113 @@ pub fn chain(bytes: &[u8]) {
     assert!(chain.layers().len() <= 3, "three files make a chain of {}", chain.layers().len());
     let mut shown = vec![0; chain.size().min(1 << 20) as usize];
     let _ = chain.read_at(&mut shown, 0);
+}
+
+/// The most bytes of a disk that are compared.
+const COMPARED: u64 = 1 << 20;
+
+/// The start of what files in memory show, one on the other. `None` if that cannot be read.
+fn shown(files: &[Bytes]) -> Option<Vec<u8>> {
+    let mut layers = Vec::new();
+    for file in files {
+        layers.push(Layer::Vhd(Box::new(open(file)?)));
+    }
+    let mut chain = Chain::new(layers).ok()?;
+    let mut bytes = vec![0; chain.size().min(COMPARED) as usize];
+    chain.read_at(&mut bytes, 0).ok()?;
+    Some(bytes)
+}
+
+fn in_memory(bytes: Vec<u8>) -> Bytes {
+    Bytes(Arc::new(Mutex::new(bytes)))
+}
+
+/// Compares as much as both have.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a == b)
+}
+
+/// A merge of three images into the lowest or the highest of them, by the first byte. What the highest showed
+/// is shown afterwards: by the one image after a success, and by all three after an error.
+pub fn merged(bytes: &[u8]) {
+    let Some((direction, changes)) = bytes.split_first() else { return };
+    let into = if direction & 1 == 0 { 0 } else { 2 };
+    let files = three(changes).map(in_memory);
+    let Some(before) = shown(&files) else { return };
+    let layers = files.iter().filter_map(open).map(|image| Layer::Vhd(Box::new(image))).collect();
+    let mut chain = Chain::new(layers).expect("they were opened before");
+    let done = merge(&mut chain, into, None, &Moving::quietly());
+    drop(chain);
+    match done {
+        Ok(_) => {
+            let alone = shown(&files[into..=into]).expect("a merged image is read");
+            assert!(same(&alone, &before), "the merged image shows something else");
+        }
+        Err(error) => {
+            let after = shown(&files).expect("a failed merge leaves what can be read");
+            assert!(same(&after, &before), "after {error} the chain shows something else");
+        }
+    }
+}
+
+/// Changes of one image, by the first byte: more room, a repair, another parent. Whether they succeed or not,
+/// the image shows what it showed; what is added to a disk is zeros.
+pub fn changed(bytes: &[u8]) {
+    let Some((how, changes)) = bytes.split_first() else { return };
+    let files = three(changes);
+    let file = in_memory(files[usize::from(how >> 4) % 3].clone());
+    let alone = std::slice::from_ref(&file);
+    let Some(before) = shown(alone) else { return };
+    let Some(mut image) = open(&file) else { return };
+    let size = image.size();
+    let done = match how % 3 {
+        0 => image.grow(size.saturating_add(u64::from(how & 0xc) * BLOCK * 64 + 512)).is_ok(),
+        1 => image.repair().is_ok(),
+        _ => {
+            let name = format!("{}.vhd", "n".repeat(usize::from(*how)));
+            let parent =
+                ParentName { id: UniqueId([9; 16]), time: TimeStamp::now(), relative: name.clone(), name };
+            image.set_parent(&parent).is_ok()
+        }
+    };
+    drop(image);
+    let after = shown(alone).expect("a changed image is read");
+    assert!(same(&after, &before), "it shows something else, done: {done}");
+    // A change that failed may have made the disk larger or not; it never makes it smaller.
+    assert!(after.len() >= before.len(), "the disk is smaller");
+    assert!(after[before.len()..].iter().all(|byte| *byte == 0), "what was added is not zeros");
+}
+
+/// Notes of a server that was killed. Eight bytes each: block, sector of the file, first sector, count. If
+/// they are accepted, the image is sound afterwards, and no sector changes that they do not name.
+pub fn notes(bytes: &[u8]) {
+    let Some((which, bytes)) = bytes.split_first() else { return };
+    let file = in_memory(if which & 1 == 0 { sound_top() } else { sound_bottom() });
+    let alone = std::slice::from_ref(&file);
+    let before = shown(alone).expect("sound");
+    let field = |high: u8, low: u8| match u16::from_be_bytes([high, low]) {
+        0xffff => u32::MAX,
+        other => other.into(),
+    };
+    let mut named = Vec::new();
+    let mut found = Vec::new();
+    for note in bytes.chunks_exact(8).take(64) {
+        let [block, entry, first, count] = [0, 2, 4, 6].map(|at| field(note[at], note[at + 1]));
+        let fields = [block, entry, first, count].map(u32::to_be_bytes).concat();
+        found.push(Unflushed::parse(fields.try_into().expect("sixteen bytes")));
+        let start = u64::from(block) * BLOCK + u64::from(first) * 512;
+        named.push(start..start + u64::from(count) * 512);
+    }
+    let mut image = open(&file).expect("sound");
+    let adopted = image.adopt(&found).and_then(|()| image.flush());
+    drop(image);
+    let after = shown(alone).expect("it is read after notes were adopted");
+    let changed = (0..before.len() as u64).filter(|at| before[*at as usize] != after[*at as usize]);
+    for at in changed {
+        assert!(adopted.is_ok() && named.iter().any(|range| range.contains(&at)), "byte {at} changed");
+    }
+    let mut image = open(&file).expect("it opens after notes were adopted");
+    let wrong =
+        image.check(false).expect("a check").into_iter().find(|finding| finding.severity == Severity::Error);
+    assert!(wrong.is_none(), "{wrong:?}");
 }

@@ -21,5 +21,5 @@ mod under_qcow2;
 pub use backend::{VhdFiles, register};
 pub use base::VhdBase;
 pub use layers::find_children;
-pub use served::{ServedChain, ServedChild, ServedMerge, ServedOptions, notes_of};
+pub use served::{ServedChain, ServedChild, ServedMerge, ServedOptions, notes_of, require_complete};
 pub use steps::{parent_name_for, write_child};

@@ -9,6 +9,7 @@ use snapcore::{DiskRecord, Error, ErrorKind, Point, Result};
 
 use crate::image::{Chain, ChainOptions, Piece};
 use crate::layers::{Limits, file_of};
+use crate::served;
 
 /// An open point.
 pub(crate) struct OpenPoint {
@@ -41,6 +42,7 @@ fn open_file(file: &Utf8Path, limits: &Limits) -> Result<OpenPoint> {
     let mut options = ChainOptions::read_only();
     options.allowed.extend(limits.allowed.iter().map(|directory| directory.as_std_path().to_owned()));
     let chain = Chain::open(file.as_std_path(), &options)?;
+    served::require_complete_layers(chain.layers(), file)?;
     let mut files = Vec::new();
     for layer in chain.layers() {
         files.push(id_of(layer.file())?);

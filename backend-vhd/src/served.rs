@@ -55,12 +55,12 @@ pub fn notes_of(user: u32) -> Option<PathBuf> {
 }
 
 /// Refuses an image whose server was killed and had acknowledged writes that are not in it, or in an image
-/// below it, yet: whatever changes or freezes the image would lose them. The caller has the image's lock, so
-/// no server runs.
+/// below it, yet: whatever changes or freezes the image would lose them, and whatever reads it would miss
+/// them. The caller has the image's lock, so no server runs.
 ///
 /// # Errors
 /// [`snapcore::ErrorKind::Refused`]; the system's.
-pub(crate) fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
+pub fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
     // What is wrong with the chain is reported by whatever reads it.
     let layers = match Chain::open(path.as_std_path(), &ChainOptions::read_only().unlocked()) {
         Ok(chain) => chain.into_layers(),
@@ -69,7 +69,12 @@ pub(crate) fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
             Err(_) => return Ok(()),
         },
     };
-    for layer in &layers {
+    require_complete_layers(&layers, path)
+}
+
+/// The same for layers that are open already. `path` is the top.
+pub(crate) fn require_complete_layers(layers: &[Layer], path: &Utf8Path) -> snapcore::Result<()> {
+    for layer in layers {
         let Layer::Vhd(image) = layer else { continue };
         if has_notes(image, path)? {
             return Err(snapcore::Error::new(

@@ -1,5 +1,7 @@
 //! Each fuzz entry over images of many shapes, and over them with bytes changed, without a fuzzer.
 
+#[path = "../../tests/fuzz/driver.rs"]
+mod driver;
 #[path = "../fuzz/entries.rs"]
 mod entries;
 mod support;
@@ -27,41 +29,44 @@ fn seeds() -> Vec<Vec<u8>> {
     ]
 }
 
+/// Changes of the three images of a chain, and notes of a server: what entries take that do not take a file.
+fn changes() -> Vec<Vec<u8>> {
+    let mut dice = Dice::new(3);
+    let mut seeds = vec![vec![0], vec![1], vec![2]];
+    for first in 0..12 {
+        // Places of the BAT and of the bitmaps behind it, of the header, and of the footer at the end.
+        let mut seed = vec![first * 17];
+        for _ in 0..6 {
+            let (file, place) = (dice.below(3) as u8, dice.below(2048) as u16);
+            seed.extend([file | (dice.below(4) as u8) << 6]);
+            seed.extend(place.to_be_bytes());
+            seed.push(dice.next() as u8);
+        }
+        seeds.push(seed);
+    }
+    for (block, entry) in [(1u16, 80u16), (2, 90), (0, 4), (15, 60), (5, u16::MAX)] {
+        let note = [block, entry, 3, 5].map(u16::to_be_bytes).concat();
+        seeds.push([&[block as u8][..], &note, &note].concat());
+    }
+    seeds
+}
+
 /// Every fuzz entry accepts its seeds, and what they turn into.
 #[test]
 fn fuzz_entries_accept_seeds_and_mutations() {
-    let seeds = seeds();
+    let (seeds, changes) = (seeds(), changes());
     if let Some(directory) = std::env::var_os("SEEDS") {
         std::fs::create_dir_all(&directory).unwrap();
-        for (number, seed) in seeds.iter().enumerate() {
+        for (number, seed) in seeds.iter().chain(&changes).enumerate() {
             std::fs::write(std::path::Path::new(&directory).join(number.to_string()), seed).unwrap();
         }
     }
-    let mut dice = Dice::new(2);
     for (name, entry) in entries::ENTRIES {
-        // Those of one structure take the first bytes of a seed.
-        let mutations = if matches!(name, "image" | "resealed") { 200 } else { 40 };
-        for seed in &seeds {
-            entry(seed);
-            for _ in 0..mutations {
-                let mut bytes = seed.clone();
-                for _ in 0..1 + dice.below(4) {
-                    // Metadata is at the start and at the end.
-                    let at = match dice.below(4) {
-                        0 => bytes.len() - 1 - dice.below(512) as usize,
-                        _ => dice.below(6144.min(bytes.len() as u64)) as usize,
-                    };
-                    bytes[at] = match dice.below(3) {
-                        0 => 0xFF,
-                        1 => 0,
-                        _ => dice.next() as u8,
-                    };
-                }
-                if dice.below(8) == 0 {
-                    bytes.truncate(dice.below(bytes.len() as u64) as usize);
-                }
-                entry(&bytes);
-            }
+        match name {
+            "image" | "resealed" => driver::run(name, entry, &seeds, 1500),
+            "chain" | "merged" | "changed" | "notes" => driver::run(name, entry, &changes, 800),
+            // Those of one structure take the first bytes of a file.
+            _ => driver::run(name, entry, &seeds, 350),
         }
     }
 }

@@ -86,6 +86,11 @@ impl Bench {
             })
     }
 
+    /// The program that is measured.
+    pub fn program(&self) -> &Path {
+        &self.domsnap
+    }
+
     /// `domsnap --state-dir STATE WORDS`.
     pub fn domsnap<S: AsRef<OsStr>>(&self, state: &Path, args: &[S]) -> Command {
         let mut command = child::command(&self.domsnap, &["--state-dir".as_ref(), state.as_os_str()]);

@@ -104,11 +104,7 @@ impl DiskLocks {
         use std::os::unix::fs::MetadataExt;
         let Ok(about) = path.symlink_metadata() else { return Ok(None) };
         let Some(control) = nbd_server::server_of((about.dev(), about.ino())) else { return Ok(None) };
-        let asked = Loan::ask(&control, path).map_err(|error| {
-            of_server(&error)
-                .context(format!("borrowing {path} from its server"))
-                .advise("shut the domain down, or stop the server, and try again")
-        });
+        let asked = Loan::ask(&control, path).map_err(|error| not_lent(&error, path));
         let loan = Arc::new(DiskLoan(Mutex::new(Some(asked?))));
         let mut loans = self.loans.lock().unwrap_or_else(PoisonError::into_inner);
         loans.insert(Self::key(path), Arc::downgrade(&loan));
@@ -123,6 +119,24 @@ impl DiskLocks {
             .get(&Self::key(path))
             .and_then(Weak::upgrade)
     }
+}
+
+/// Borrows the image `path` from the server that has it open and may write it, if there is one, for a change
+/// that renames no file. When the value is dropped, or this process ends, the server opens the image again.
+/// Locks must be released before that.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] if a client uses the disk; the server's.
+pub fn borrow_image(path: &Utf8Path) -> Result<Option<DiskLoan>> {
+    let Some(file) = file_id(path)? else { return Ok(None) };
+    let loan = nbd_server::borrow_file(file, path).map_err(|error| not_lent(&error, path))?;
+    Ok(loan.map(|loan| DiskLoan(Mutex::new(Some(loan)))))
+}
+
+fn not_lent(error: &nbd_server::Error, path: &Utf8Path) -> Error {
+    of_server(error)
+        .context(format!("borrowing {path} from its server"))
+        .advise("shut the domain down, or stop the server, and try again")
 }
 
 impl ImageLocks {

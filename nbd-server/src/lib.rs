@@ -60,7 +60,7 @@ pub use control::{ClientInfo, ControlInfo, MAX_HOLD, ask};
 pub use error::{Error, ErrorKind, Result};
 pub use file::RawFile;
 pub use image::{Content, Extent, Format, Image, Layer, MergeRequest, Merging, Prepared, Served, Zeroing};
-pub use loan::{Loan, server_of};
+pub use loan::{Loan, borrow_file, server_of};
 pub use merge::{MergeInfo, MergePhase, MergeWatch};
 pub use place::{Place, control_path};
 pub use server::{Running, Server};

@@ -9,6 +9,7 @@
 //! would wait for an image without a limit.
 
 use std::io::{BufRead, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -180,19 +181,38 @@ impl Drop for Loan {
 /// The kernel's list of listening sockets is read. Only a server of this user or of root is asked, at a
 /// socket that has the name of a control socket, with the disk's socket beside it.
 pub fn server_of(file: (u64, u64)) -> Option<Utf8PathBuf> {
+    find(file).map(|(control, _)| control)
+}
+
+/// Borrows the image `file` (device and inode) from the server that [`server_of`] finds. Afterwards the
+/// server opens the path at which it has the image now. It is `fallback` if another file is there.
+///
+/// This is for a change that keeps the names of files, by a caller who knows no configured path.
+///
+/// # Errors
+/// As [`Loan::ask`].
+pub fn borrow_file(file: (u64, u64), fallback: &Utf8Path) -> Result<Option<Loan>> {
+    let Some((control, info)) = find(file) else { return Ok(None) };
+    let is_there = info.image.symlink_metadata().is_ok_and(|about| (about.dev(), about.ino()) == file);
+    let image = if is_there { info.image.as_path() } else { fallback };
+    Loan::ask(&control, image).map(Some)
+}
+
+fn find(file: (u64, u64)) -> Option<(Utf8PathBuf, ControlInfo)> {
     let listening = std::fs::read_to_string("/proc/net/unix").ok()?;
     let paths: std::collections::BTreeSet<&str> = listening.lines().filter_map(listening_at).collect();
     let controls = paths.iter().filter(|path| {
         path.strip_suffix(".control").is_some_and(|socket| paths.contains(socket)) && path.starts_with('/')
     });
-    controls.map(Utf8Path::new).find(|control| serves(control, file)).map(Utf8Path::to_owned)
+    controls.map(Utf8Path::new).find_map(|control| Some((control.to_owned(), served_at(control, file)?)))
 }
 
-fn serves(control: &Utf8Path, file: (u64, u64)) -> bool {
-    let Ok(answer) = ask(control, &json!({ "do": "info" }), SOON) else { return false };
-    let Ok(info) = serde_json::from_value::<ControlInfo>(answer) else { return false };
+/// What a server says of itself, if it can lend this file.
+fn served_at(control: &Utf8Path, file: (u64, u64)) -> Option<ControlInfo> {
+    let answer = ask(control, &json!({ "do": "info" }), SOON).ok()?;
+    let info: ControlInfo = serde_json::from_value(answer).ok()?;
     let top = info.layers.first().map(|layer| (layer.device, layer.inode));
-    info.version == 1 && info.lends && !info.read_only && top == Some(file)
+    (info.version == 1 && info.lends && !info.read_only && top == Some(file)).then_some(info)
 }
 
 /// Returns the path of a line of `/proc/net/unix`, if a process listens there.

@@ -1,5 +1,8 @@
 //! Each fuzz entry over seeds, and over the seeds with bytes changed, without a fuzzer.
 
+#[path = "../../tests/fuzz/driver.rs"]
+mod driver;
+
 use nbd_server::fuzz;
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
@@ -49,26 +52,21 @@ fn fuzz_entries_accept_their_seeds_and_mutations() {
         r#"{"do":"snapshot","child":"/x","id":"1"}"#,
     ]
     .map(|line| line.as_bytes().to_vec());
-    run(fuzz::options, &options);
-    run(fuzz::request, &requests);
-    run(fuzz::control, &controls);
-}
-
-fn run(entry: fn(&[u8]), seeds: &[Vec<u8>]) {
-    let mut random = 0x2545_f491_4f6c_dd1du64;
-    for seed in seeds {
-        entry(seed);
-        for _ in 0..2000 {
-            let mut bytes = seed.clone();
-            for _ in 0..4 {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                let at = random as usize % bytes.len();
-                bytes[at] = (random >> 32) as u8;
-            }
-            bytes.truncate(bytes.len() - (random >> 40) as usize % bytes.len().min(8));
-            entry(&bytes);
-        }
-    }
+    let answers = [
+        r#"{"version":1,"pid":7,"image":"/x","format":"vhd","snapshot":null,"layers":[{"file":"/x","device":1,
+            "inode":2}],"size":512,"read_only":false,"generation":1,"held":false,"client":{"pid":-1}}"#,
+    ]
+    .map(|line| line.as_bytes().to_vec());
+    let sessions = [
+        [vec![3], request(0, 0, 0, 4096), request(8, 7, 0, 65536), request(0, 3, 0, 0)].concat(),
+        [vec![1], request(1, 1, 512, 512), vec![5; 512], request(0, 0, 512, 512), request(0, 2, 0, 0)]
+            .concat(),
+        [vec![0], request(0, 6, 0, 65536), request(0x10, 6, 0, 512), request(0, 4, 512, 1024)].concat(),
+        [vec![3], request(0, 0, 65536, 512), request(0, 1, 65024, 1024), vec![6; 1024]].concat(),
+        [vec![3], request(0, 1, 0, u32::MAX), request(0, 7, 0, 0), request(0, 99, 0, 0)].concat(),
+    ];
+    driver::run("options", fuzz::options, &options, 10_000);
+    driver::run("request", fuzz::request, &requests, 10_000);
+    driver::run("control", fuzz::control, &[&controls[..], &answers].concat(), 10_000);
+    driver::run("session", fuzz::session, &sessions, 500);
 }

@@ -103,13 +103,19 @@ impl Bat {
         mut each: impl FnMut(u64, u32) -> Result<()>,
     ) -> Result<()> {
         let pages = self.entries.div_ceil(PER_PAGE);
+        // One buffer for all runs: memory that is touched for the first time costs more than a read.
+        let mut run = Vec::new();
         let mut number = 0;
         while number < pages {
             let next = (number + PAGES_OF_A_RUN).min(pages);
             let first = number * PER_PAGE;
             let entries = (next * PER_PAGE).min(self.entries) - first;
-            let mut run = vec![0xFF; entries as usize * 4];
+            run.resize(entries as usize * 4, 0xFF);
             file.read_at(&mut run, HostOffset(self.at + first * 4))?;
+            if run.iter().fold(0xFF, |all, byte| all & byte) == 0xFF && !self.is_known(number..next) {
+                number = next;
+                continue;
+            }
             // Pages in memory may have entries that are not written yet.
             for (page, part) in (number..next).zip(run.chunks_mut(PAGE as usize)) {
                 if let Some(known) = self.pages.get(&page).filter(|known| known.len() == part.len()) {
@@ -125,6 +131,11 @@ impl Bat {
             number = next;
         }
         Ok(())
+    }
+
+    /// Returns true if a page of these is in memory.
+    fn is_known(&self, pages: std::ops::Range<u64>) -> bool {
+        !self.pages.is_empty() && pages.into_iter().any(|page| self.pages.contains_key(&page))
     }
 
     /// Returns the first block from `block` on that is stored, looking at no more than one page.

@@ -1,13 +1,16 @@
 //! Running domains, side by side with QEMU's own snapshots of the same guest.
 
+use std::ffi::OsStr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use testguest::GuestOptions;
 
+use super::served::Server;
 use crate::bench::Bench;
 use crate::chain::GUEST;
-use crate::child::Cost;
+use crate::child::{self, Cost};
 use crate::machine::Running;
 use crate::proxy::{Asked, Proxy};
 use crate::row::{LIMIT, OURS, Row, Target, seconds};
@@ -23,6 +26,7 @@ pub const ROWS: &[&str] = &[
     "live-revert",
     "live-revert-downtime",
     "live-own-8",
+    "live-served",
 ];
 
 const SAVE: &str = "QEMU snapshot-save";
@@ -64,6 +68,9 @@ pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
     }
     if bench.wants(ROWS[7]) {
         rows.push(own(bench)?);
+    }
+    if bench.wants(ROWS[8]) {
+        rows.push(served(bench)?);
     }
     Ok(rows)
 }
@@ -238,6 +245,64 @@ fn own(bench: &Bench) -> Result<Row> {
         running.delete("point")
     })?;
     row.note(slowest(&all));
+    Ok(row)
+}
+
+/// A guest whose disk is a served VHD of the largest size: how long it waits while the server goes on in a
+/// new child, one layer deeper each time.
+fn served(bench: &Bench) -> Result<Row> {
+    let what = "the guest's largest stall at a disk-only create: one served VHD of 2040 GiB, one snapshot deeper each time";
+    let mut row = Row::new(ROWS[8], what, &[Target::Under(Duration::from_millis(50))]);
+    let program = bench.program().to_owned();
+    let servers = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&servers);
+    let options = GuestOptions::new().disks(1).served(0, 30, move |image, socket| {
+        let state = image.with_file_name("state");
+        let domsnap = |args: &[&OsStr]| {
+            let mut command = child::command(&program, &["--state-dir".as_ref(), state.as_os_str()]);
+            command.args(args);
+            command
+        };
+        // The guest has a file system in the first 64 MiB, and never sees that there is more.
+        child::run(&mut domsnap(&[
+            "disk".as_ref(),
+            "resize".as_ref(),
+            image.as_os_str(),
+            "2040GiB".as_ref(),
+        ]))?;
+        let mut disk = image.as_os_str().to_owned();
+        disk.push(",format=vhd");
+        let server =
+            domsnap(&["disk".as_ref(), "serve".as_ref(), &disk, "--socket".as_ref(), socket.as_os_str()]);
+        let server = Server::start(server, socket.to_owned())?;
+        kept.lock().unwrap_or_else(PoisonError::into_inner).push(server);
+        Ok(())
+    });
+    let running = Running::start(bench, options)?;
+    running.register(running.guest.qmp_socket())?;
+    let (mut downtimes, mut whole) = (Vec::new(), Vec::new());
+    let mut number = 0;
+    bench.repeat(15, Duration::from_secs(60), |_| {
+        let (idle, ()) = running.stall(|| {
+            std::thread::sleep(IDLE / 3);
+            Ok(())
+        })?;
+        row.sample(LIMIT, time(idle));
+        number += 1;
+        let name = format!("s{number}");
+        let (stall, made) = running.stall(|| running.change(&["create", GUEST, &name, "--disk-only"]))?;
+        row.sample(OURS, Cost { wall: stall, ..made.cost });
+        downtimes.push(made.downtime);
+        whole.push(made.cost.wall);
+        Ok(())
+    })?;
+    row.note(format!("limit: the largest stall in {} s in which nothing is done", (IDLE / 3).as_secs()));
+    row.note(format!(
+        "between stop and resume {}; the whole command {}",
+        spread(&mut downtimes),
+        spread(&mut whole)
+    ));
+    drop(running);
     Ok(row)
 }
 

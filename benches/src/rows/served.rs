@@ -131,7 +131,7 @@ fn full(path: &Path, size: u64) -> Result<()> {
 }
 
 /// A server, which ends with this.
-struct Server {
+pub struct Server {
     child: Child,
     socket: PathBuf,
 }
@@ -160,7 +160,8 @@ impl Server {
         Self::start(command, socket)
     }
 
-    fn start(mut command: Command, socket: PathBuf) -> Result<Self> {
+    /// Starts one, and waits until it answers.
+    pub fn start(mut command: Command, socket: PathBuf) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().with_context(|| format!("start {command:?}"))?;
         let mut server = Self { child, socket };

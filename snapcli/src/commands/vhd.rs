@@ -7,7 +7,7 @@ use backend_vhd::image::{
     Vhd, find_copies, find_parent, materialise,
 };
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::names;
+use image_files::{DiskLoan, names};
 use snapcore::service::GivenImage;
 use snapcore::{Error, ErrorKind, Result};
 
@@ -49,6 +49,8 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
     let path = path_of(image)?;
     let options = options(session)?;
     let mut done = Vec::new();
+    // It lasts to the end: the image is read once more after the repair.
+    let _loan = if repair { borrow(&path)? } else { None };
     if repair {
         session.ask(session.service.require_closed(&path))?;
         done = mend(&path, &options)?;
@@ -67,6 +69,9 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
         Err(error) => findings.push(Finding::error(error.to_string())),
     }
     drop(opened);
+    if let Err(error) = backend_vhd::require_complete(&path) {
+        findings.push(Finding::error(error.to_string()));
+    }
     match Chain::open(path.as_std_path(), &options) {
         Ok(chain) => findings.extend(copies(chain, &options)),
         Err(error) => {
@@ -116,9 +121,23 @@ fn copies(chain: Chain, options: &ChainOptions) -> Vec<Finding> {
     findings
 }
 
+/// Borrows an image that is to be written from the server that has it open, if no client uses the disk. The
+/// image must be closed before the loan ends: the server locks it again.
+fn borrow(path: &Utf8Path) -> Result<Option<DiskLoan>, Failure> {
+    Ok(image_files::borrow_image(path)?)
+}
+
+/// Opens an image to write it, which has all that a server of it had acknowledged.
+fn open_to_write(path: &Utf8Path) -> Result<Vhd, Failure> {
+    let opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    // Under the lock of the image, so that no server begins meanwhile.
+    backend_vhd::require_complete(path)?;
+    Ok(opened)
+}
+
 /// Repairs footers and batmap, and names a parent that only its id has led to.
 fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure> {
-    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    let mut opened = open_to_write(path)?;
     let mut done = Vec::new();
     if engine(opened.can_be_repaired())?
         || opened.check(false).is_ok_and(|found| found.iter().any(|f| f.repairable))
@@ -142,8 +161,9 @@ fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure>
 pub fn relocate(session: &Session, image: &GivenImage, parent: &Utf8Path) -> Result<Answer, Failure> {
     let path = path_of(image)?;
     let parent = GivenImage::known_path(&absolute(parent)?)?;
+    let _loan = borrow(&path)?;
     session.ask(session.service.require_closed(&path))?;
-    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    let mut opened = open_to_write(&path)?;
     let name = name_of(&path, &parent)?;
     if opened.parent_id() != Some(name.id) {
         let wanted = opened.parent_id().map_or("none".to_owned(), |id| id.to_string());
@@ -169,7 +189,9 @@ fn name_of(child: &Utf8Path, parent: &Utf8Path) -> Result<ParentName, Failure> {
 /// Makes the disk of an image larger.
 pub fn resize(session: &Session, image: &GivenImage, size: u64) -> Result<Answer, Failure> {
     let path = path_of(image)?;
+    let _loan = borrow(&path)?;
     serve::require_writable(session, &path)?;
+    require_finished(session, &path)?;
     let children = backend_vhd::find_children(&path)?;
     if let Some(child) = children.first() {
         let message = format!("{child} is a child of {path}: it would be smaller than its parent");
@@ -178,11 +200,26 @@ pub fn resize(session: &Session, image: &GivenImage, size: u64) -> Result<Answer
             .advise("resize the top of the chain: its parents keep their sizes")
             .into());
     }
-    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    let mut opened = open_to_write(&path)?;
     engine(opened.grow(size))?;
     let done = vec![format!("the disk has {} now", units::bytes(size))];
     let document = DiskVhdDoc { operation: "resize".to_owned(), image: path, findings: Vec::new(), done };
     Ok(session.changed(document, shown))
+}
+
+/// Refuses to resize a disk in the middle of an operation: a recovery may take the image away.
+fn require_finished(session: &Session, path: &Utf8Path) -> Result<(), Failure> {
+    match session.ask(session.service.belonging(path))? {
+        Some(owner) if !owner.listing.unfinished.is_empty() => {
+            let name = &owner.listing.domain.name;
+            let message =
+                format!("{path} is a disk of domain {name}, which has an operation that is not finished");
+            Err(Error::new(ErrorKind::Refused, message)
+                .advise(format!("run `domsnap recover {name}` first"))
+                .into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies what an image shows to a new file.
@@ -196,6 +233,7 @@ pub fn copy(
     let path = path_of(image)?;
     let to = GivenImage::known_path(&absolute(to)?)?;
     let mut chain = engine(Chain::open(path.as_std_path(), &options(session)?))?;
+    backend_vhd::require_complete(&path)?;
     let kind = match format {
         CopyFormat::Raw => Materialised::Raw,
         CopyFormat::VhdFixed => Materialised::Fixed { align },

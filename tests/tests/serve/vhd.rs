@@ -344,6 +344,12 @@ fn idle_disk_is_lent_to_operations() -> Result<()> {
         let killed = shim::killing(shim::watching(place.domsnap(), &directory)?, at, false);
         kills += u32::from(killed.run(&["revert", "d", wanted])?.status.is_none());
         ensure!(shows(&first)? || shows(&second)?, "killed at call {at}: the server shows something else");
+        if (calls / 2..calls / 2 + 7).contains(&at) {
+            // The next recovery may take the image away that is grown.
+            let resize = ["disk", "resize", &text(&place.file("base.vhd")), "64MiB"];
+            let refused = place.domsnap().run(&resize)?.expect_status(status::REFUSED)?;
+            ensure!(refused.stderr.contains("`domsnap recover d`"), "{refused}");
+        }
         place.domsnap().done(&["recover", "d"]).with_context(|| format!("killed at call {at}"))?;
         ensure!(shows(&first)? || shows(&second)?, "killed at call {at}: wrong after the recovery");
         place.domsnap().done(&["check", "d"])?;
@@ -356,5 +362,61 @@ fn idle_disk_is_lent_to_operations() -> Result<()> {
     place.domsnap().done(&["domain", "remove", "d"])?;
     place.domsnap().done(&["domain", "add", "new", "--disk", &image, "--active-path", "new"])?;
     place.domsnap().run(&["create", "new", "no"])?.expect_status(status::REFUSED)?;
+    Ok(())
+}
+
+/// The tools for one image borrow it from a server without a client, and are refused while there is one. What
+/// a killed server had acknowledged is not lost by any of them.
+#[test]
+fn idle_disk_is_lent_to_the_tools() -> Result<()> {
+    let place = Place::new()?;
+    let mut model = base(&place)?;
+    let (base, child, socket) = (place.file("base.vhd"), place.file("child.vhd"), place.file("s"));
+    let (base_text, child_text, copy) = (text(&base), text(&child), text(&place.file("copy.img")));
+    let mut server = place.serve("base.vhd,format=vhd", &[])?;
+    let mut client = Client::connect(&socket)?;
+    // Nothing is flushed: the server does that before it lends the image.
+    write_some(&mut client, &mut model, 0x11)?;
+    let refused = |args: &[&str], why: &str| -> Result<()> {
+        let before = bytes(&base)?;
+        let outcome = place.domsnap().run(args)?.expect_status(status::REFUSED)?;
+        ensure!(outcome.stderr.contains(why) && outcome.stderr.contains("no changes made"), "{outcome}");
+        ensure!(bytes(&base)? == before, "a refused command changed the image: {outcome}");
+        Ok(())
+    };
+    let who = format!("process {}", std::process::id());
+    refused(&["disk", "resize", &base_text, "24MiB"], &who)?;
+    refused(&["disk", "check", &base_text, "--repair"], &who)?;
+    drop(client);
+    place.domsnap().done(&["disk", "resize", &base_text, "24MiB"])?;
+    place.domsnap().done(&["disk", "check", &base_text, "--repair"])?;
+    model.resize(24 << 20, 0);
+    let info = server.ask(&json!({ "do": "info" }))?;
+    ensure!(info["size"] == 24 << 20 && info["image"] == base_text.as_str(), "{info}");
+    let shows = |model: &[u8]| -> Result<bool> { Ok(Client::connect(&socket)?.read(0, 24 << 20)? == model) };
+    ensure!(shows(&model)?, "after the resize");
+    server.ask(&json!({ "do": "snapshot", "child": child_text, "id": ID }))?;
+    place.domsnap().done(&["disk", "relocate", &child_text, &base_text])?;
+    let info = server.ask(&json!({ "do": "info" }))?;
+    ensure!(info["layers"].as_array().map(Vec::len) == Some(2), "{info}");
+    ensure!(shows(&model)?, "after the relocation");
+    // The parent is read by the server, and not lent.
+    refused(&["disk", "check", &base_text, "--repair"], "process")?;
+    write_some(&mut Client::connect(&socket)?, &mut model, 0x22)?;
+    server.kill()?;
+    let before = bytes(&child)?;
+    let lost = "not in the image yet";
+    refused(&["disk", "resize", &child_text, "32MiB"], lost)?;
+    refused(&["disk", "check", &child_text, "--repair"], lost)?;
+    refused(&["disk", "relocate", &child_text, &base_text], lost)?;
+    refused(&["disk", "materialise", &child_text, &copy, "--format", "raw"], lost)?;
+    ensure!(bytes(&child)? == before && !Path::new(&copy).exists());
+    let checked = place.domsnap().run(&["disk", "check", &child_text])?.expect_status(status::FAILED)?;
+    ensure!(checked.stdout.contains(lost) && checked.stdout.contains("disk serve"), "{checked}");
+    server = place.serve("child.vhd,format=vhd", &[])?;
+    ensure!(shows(&model)?, "what the killed server had acknowledged");
+    server.stop()?;
+    place.domsnap().done(&["disk", "materialise", &child_text, &copy, "--format", "raw"])?;
+    ensure!(bytes(Path::new(&copy))? == model);
     Ok(())
 }

@@ -99,7 +99,8 @@ fn overlapping_blocks_are_refused() -> Result<()> {
 
 /// Copies for Azure have whole MiB and the exact size of the disk otherwise, also of images whose table has
 /// an entry too many or whose size another program rounded by the geometry (azure-vhd-utils 39,
-/// azure-xplat-cli 1600 and 1784, xmigrate 234, AzureStorageExplorer 3029).
+/// azure-xplat-cli 1600 and 1784, xmigrate 234, AzureStorageExplorer 3029); QEMU knows them as VHDs
+/// (coreos-assembler 1091).
 #[test]
 fn azure_sizes_are_exact() -> Result<()> {
     let place = Place::new()?;
@@ -124,6 +125,9 @@ fn azure_sizes_are_exact() -> Result<()> {
         ensure!(made[..plain.len()] == plain[..], "{name}: the copies differ");
         ensure!(made[plain.len()..whole as usize].iter().all(|byte| *byte == 0), "{name}: not zeros behind");
         qemu::img(&["compare", "-q", "-f", "raw", "-F", "vpc", &raw, &fixed]).context(name)?;
+        let info = qemu::img(&["info", "-f", "vpc", "--output=json", &fixed])?;
+        let info: serde_json::Value = serde_json::from_str(&info)?;
+        ensure!(info["virtual-size"] == whole && info["format"] == "vpc", "{name}: {info}");
     }
     Ok(())
 }
@@ -370,5 +374,73 @@ fn longer_file_keeps_its_footer_at_the_end() -> Result<()> {
     let bytes = std::fs::read(&image)?;
     ensure!(bytes[bytes.len() - 512..] == bytes[..512], "the footer is not at the end");
     place.done(&["disk", "check", &place.text("disk.vhd")])?;
+    Ok(())
+}
+
+/// Writes that cross blocks are read by QEMU as they were made, beyond 8 GiB and up to the end of a disk of
+/// 127 GiB, in a chain too (86Box 1111 and 5044).
+#[test]
+fn writes_cross_blocks_far_into_the_disk() -> Result<()> {
+    let place = Place::new()?;
+    let size = 127u64 << 30;
+    let image = place.vhd_of("disk.vhd", size)?;
+    let disk = place.disk("disk.vhd");
+    // The first lies across the border of two blocks, the second has a whole block between two parts.
+    let pieces = [
+        (2 * MIB - 512, 1024, 1u8),
+        ((8 << 30) - 4096, (2 << 20) + 8192, 2),
+        (size - 2 * MIB - 512, 4096, 3),
+    ];
+    let judged = || -> Result<()> {
+        let mut args = vec!["-f".to_owned(), "vpc".to_owned()];
+        for (at, length, value) in pieces {
+            args.extend(["-c".to_owned(), format!("read -P {value} {at} {length}")]);
+            args.extend(["-c".to_owned(), format!("read -P 0 {} 512", at - 512)]);
+        }
+        args.extend(["-c".to_owned(), format!("read -P 4 {} 512", size - 512), place.text("disk.vhd")]);
+        let said = qemu::run("qemu-io", &args.iter().map(String::as_str).collect::<Vec<_>>())?;
+        ensure!(!said.contains("failed"), "{said}");
+        Ok(())
+    };
+    for (at, length, value) in pieces {
+        write(&image, at, &vec![value; length])?;
+    }
+    write(&image, size - 512, &[4; 512])?;
+    judged().context("one image")?;
+    place.done(&["create", &disk, "one"])?;
+    for (at, length, value) in pieces {
+        write(&image, at, &vec![value | 0x80; length])?;
+    }
+    for (at, length, value) in pieces {
+        write(&image, at, &vec![value; length])?;
+    }
+    place.done(&["delete", &disk, "one"])?;
+    judged().context("after a merge")?;
+    place.done(&["disk", "check", &place.text("disk.vhd"), "--data"])?;
+    Ok(())
+}
+
+/// A damaged footer at the start keeps nothing else from being examined (blktap 10).
+#[test]
+fn damaged_copy_of_the_footer_hides_no_error() -> Result<()> {
+    let place = Place::new()?;
+    let good = full(4 * MIB, 9);
+    let first = u32::from_be_bytes(good.bytes()[1536..1540].try_into()?);
+    let mut wrong = good.clone();
+    wrong.bat.insert(1, first + 1);
+    wrong.mangle = |bytes| bytes[40..60].fill(0xee);
+    place.make("disk.vhd", &wrong);
+    let checked = place.domsnap().run(&["disk", "check", &place.text("disk.vhd")])?;
+    let checked = checked.expect_status(status::FAILED)?;
+    let said = format!("{}{}", checked.stdout, checked.stderr);
+    for message in ["lies over another block", "footer"] {
+        ensure!(said.contains(message), "{message:?} is not in {said}");
+    }
+    // The footer alone is repaired, and the disk shows what it showed.
+    let only = Maker { mangle: wrong.mangle, ..good };
+    let image = place.make("sound.vhd", &only);
+    let shown = read_by_engine(&image)?;
+    place.done(&["disk", "check", &place.text("sound.vhd"), "--repair"])?;
+    ensure!(read(&image)? == shown, "the repair changed the disk");
     Ok(())
 }
