@@ -5,14 +5,15 @@
 //! bit 63 of a shared entry may change, which says nothing of the content. What moves is the snapshot table.
 //! So it is read between two reads of the header, and again if that has changed. After the last read of data
 //! the snapshot is looked up once more: if another program has deleted it meanwhile, its clusters may have
-//! been written.
+//! been written. It is looked up in the open file: a create of an external snapshot gives the path to another
+//! image meanwhile.
 //!
 //! A frozen layer gets a reader's lock, which refuses writers.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use image_files::chain::Tag;
 use image_files::names::{FileId, file_id};
 use image_files::{BaseImage, Bases, LockMode, lock};
@@ -39,7 +40,7 @@ pub(crate) struct OpenPoint {
     /// The image below them.
     base: Option<FileId>,
     /// The internal snapshot that it is, and its file.
-    tag: Option<(Utf8PathBuf, Tag)>,
+    tag: Option<(Arc<ImageFile>, Tag)>,
 }
 
 enum Shown {
@@ -83,9 +84,10 @@ pub(crate) fn open(
         }
         match point.tag.as_deref().filter(|_| number == 0) {
             Some(name) => {
-                let (layer, found) = open_tag(file, name)?;
+                let file = Arc::new(ImageFile::open(file.as_std_path(), false)?);
+                let (layer, found) = open_tag(&file, name)?;
                 run.push(layer);
-                tag = Some((file.to_owned(), found));
+                tag = Some((file, found));
             }
             None => run.push(RunLayer::active(&Image::open(file.as_std_path(), &OpenOptions::read_only())?)?),
         }
@@ -101,14 +103,15 @@ pub(crate) fn open(
 }
 
 /// Opens the state of an internal snapshot. Another program may change the snapshot table meanwhile.
-fn open_tag(file: &Utf8Path, name: &str) -> Result<(RunLayer, Tag)> {
+fn open_tag(file: &Arc<ImageFile>, name: &str) -> Result<(RunLayer, Tag)> {
+    let path = file.path().display();
     let attempt = || -> Result<Option<(RunLayer, Tag)>> {
-        let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        let image = Image::of(Arc::clone(file))?;
         let table = (image.header().snapshots_offset, image.header().snapshot_count);
         let found = image.require_snapshot(name)?;
         let tag = Tag { name: name.to_owned(), identity: Some(identity_of(found)) };
         let layer = RunLayer::snapshot(&image, found)?;
-        let again = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        let again = Image::of(Arc::clone(file))?;
         let unchanged = (again.header().snapshots_offset, again.header().snapshot_count) == table;
         Ok((unchanged && has_tag(&again, &tag)?).then_some((layer, tag)))
     };
@@ -134,7 +137,7 @@ fn open_tag(file: &Utf8Path, name: &str) -> Result<(RunLayer, Tag)> {
     Err(last.unwrap_or_else(|| {
         Error::new(
             ErrorKind::Busy,
-            format!("another program changes the snapshot table of {file} all the time"),
+            format!("another program changes the snapshot table of {path} all the time"),
         )
         .state("no changes made")
         .advise("try again when its snapshots are not taken and deleted")
@@ -227,7 +230,11 @@ impl PointImage for OpenPoint {
         }
         Err(Error::new(
             ErrorKind::NotFound,
-            format!("another program deleted internal snapshot {} in {file} while it was read", tag.name),
+            format!(
+                "another program deleted internal snapshot {} in {} while it was read",
+                tag.name,
+                file.path().display()
+            ),
         )
         .advise("the snapshot is lost: `domsnap check` lists it; choose another one"))
     }

@@ -99,6 +99,8 @@ pub enum Command {
     Diff(Diff),
     /// Copy a snapshot into a directory, from which any QEMU restores it; the domain may run
     Export(Export),
+    /// Serve the disks of a snapshot over NBD, read-only, until SIGTERM or SIGINT; the domain may run
+    Serve(ServeSnapshot),
     /// Bring back the state that the last revert replaced
     Undo(Undo),
     /// Hold a snapshot, so that it is not deleted
@@ -373,7 +375,8 @@ pub struct CloneDomain {
     /// Run this shell script once in each guest, by its agent, before its links go up
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "start")]
     pub run: Option<Utf8PathBuf>,
-    /// Make the directories of the clones in this one [default: that of the domain's first disk]
+    /// Make the directories of the clones in this one [default: that of the domain's first disk, or the
+    /// one above if that has the domain's name]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub to: Option<Utf8PathBuf>,
     /// Print what would be done; make no changes
@@ -450,6 +453,20 @@ pub struct Export {
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeSnapshot {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot, which is held meanwhile
+    pub name: SnapshotName,
+    /// The directory of the sockets, TARGET.sock for each disk; it is made if it does not exist
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub dir: Utf8PathBuf,
+    /// Serve this disk only; may be repeated
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub disks: Vec<Target>,
 }
 
 #[derive(Debug, Args)]

@@ -14,8 +14,8 @@ use snapcore::hypervisor::{Control, GuestChange, HypervisorProfile, SeenDisk};
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, PastOperation};
 use snapcore::service::{PreviousState, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hold, Hypervisor, MemoryPoint, Plan, PointKind,
-    Registry, SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
+    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hold, Holder, Hypervisor, MemoryPoint, Plan,
+    PointKind, Registry, SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -556,6 +556,36 @@ pub struct DiskServeDoc {
     pub control: Utf8PathBuf,
 }
 
+/// A disk of a snapshot that is served.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ServedDiskDoc {
+    /// The disk.
+    pub target: Target,
+    /// Its size in bytes.
+    pub virtual_size: u64,
+    /// Its socket.
+    #[schemars(with = "String")]
+    pub socket: Utf8PathBuf,
+    /// The control socket.
+    #[schemars(with = "String")]
+    pub control: Utf8PathBuf,
+}
+
+/// `serve`, printed when the sockets are there.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ServeDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// The snapshot.
+    pub snapshot: SnapshotName,
+    /// The holder of the snapshot's hold, which ends with the server.
+    pub holder: Holder,
+    /// The disks that are served.
+    pub disks: Vec<ServedDiskDoc>,
+    /// Remarks.
+    pub notes: Vec<String>,
+}
+
 /// A snapshot of one image.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskSnapshotDoc {
@@ -676,7 +706,7 @@ pub fn schema() -> serde_json::Value {
     }
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
-        "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
+        "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,

@@ -22,6 +22,9 @@ use crate::backends::{Backends, Register, absolute};
 use crate::failure::Failure;
 use crate::progress::Progress;
 
+/// Turns of the runtime in which tasks that were aborted end.
+const ENDING_TURNS: usize = 8;
+
 /// One call of the command.
 pub struct Session {
     /// The options of every command.
@@ -57,6 +60,16 @@ impl Session {
 
     /// Runs `work` that makes no changes.
     pub fn ask<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T, Failure> {
+        let work = async {
+            let done = work.await;
+            // Connections that the work dropped are closed when their tasks have run once more, and between
+            // two calls nothing lets them. A command may copy or serve for hours after this, and QEMU serves
+            // one client of a socket at a time.
+            for _ in 0..ENDING_TURNS {
+                tokio::task::yield_now().await;
+            }
+            done
+        };
         if let Some(runtime) = self.asking.get() {
             return Ok(runtime.block_on(work)?);
         }

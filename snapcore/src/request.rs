@@ -539,7 +539,7 @@ pub struct CloneRequest {
     /// A shell script that the guest of each clone that is started runs once, before its links go up.
     pub hook: Option<Vec<u8>>,
     /// The directory in which each clone gets a directory of its own; absent: that of the source's first disk
-    /// that is a file.
+    /// that is a file, or the one above if that has the source's name.
     pub directory: Option<Utf8PathBuf>,
 }
 

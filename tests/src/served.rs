@@ -1,5 +1,5 @@
-//! A `domsnap disk serve` that runs, and a client of NBD that is nothing but bytes: it flushes when the test
-//! says so, which no other program promises.
+//! A `domsnap disk serve` or `domsnap serve` that runs, and a client of NBD that is nothing but bytes: it
+//! flushes when the test says so, which no other program promises.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -39,6 +39,20 @@ impl Server {
     /// As [`Server::start`].
     pub fn spawn(mut command: Command, socket: &Path, args: &[&str]) -> Result<Self> {
         command.args(args).arg("--socket").arg(socket);
+        Self::begin(command, socket)
+    }
+
+    /// Starts `domsnap serve WORDS --dir DIRECTORY`, and waits until the disk `target` answers.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn of_snapshot(domsnap: &Domsnap, args: &[&str], directory: &Path, target: &str) -> Result<Self> {
+        let mut command = domsnap.command(&["serve"]);
+        command.args(args).arg("--dir").arg(directory);
+        Self::begin(command, &directory.join(format!("{target}.sock")))
+    }
+
+    fn begin(mut command: Command, socket: &Path) -> Result<Self> {
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut server = Self { child, socket: socket.to_owned() };
         let until = Instant::now() + PATIENCE;
@@ -46,9 +60,9 @@ impl Server {
             if let Some(status) = server.child.try_wait()? {
                 let mut said = String::new();
                 server.child.stderr.take().context("stderr")?.read_to_string(&mut said)?;
-                bail!("domsnap {args:?} ended with {status}: {said}");
+                bail!("{command:?} ended with {status}: {said}");
             }
-            ensure!(Instant::now() < until, "domsnap {args:?} does not answer");
+            ensure!(Instant::now() < until, "{command:?} does not answer");
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(server)
@@ -57,6 +71,18 @@ impl Server {
     /// The address for programs that take one.
     pub fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", self.socket.display())
+    }
+
+    /// Copies a disk of the same server with nbdcopy, and returns its content.
+    ///
+    /// # Errors
+    /// What nbdcopy says.
+    pub fn copy(&self, target: &str, to: &Path) -> Result<Vec<u8>> {
+        let socket = self.socket.with_file_name(format!("{target}.sock"));
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let output = Command::new("nbdcopy").arg(uri).arg(to).output()?;
+        ensure!(output.status.success(), "nbdcopy: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(std::fs::read(to)?)
     }
 
     /// Asks its control socket.

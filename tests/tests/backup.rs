@@ -10,6 +10,7 @@ use domsnap_tests::domain::{Domain, NAME, Shape, copy_tree};
 use domsnap_tests::domsnap::status;
 use domsnap_tests::qemu::{self, Write};
 use domsnap_tests::seed::{Seed, from_env};
+use domsnap_tests::served::Server;
 use domsnap_tests::shim;
 use serde_json::Value;
 
@@ -718,17 +719,25 @@ fn every_command_of_the_page_runs() -> Result<()> {
     }
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/backup.md");
     let (mut is_code, mut run) = (false, 0);
+    let mut server: Option<Server> = None;
     for line in std::fs::read_to_string(page)?.lines() {
         if line.starts_with("```") {
             is_code = !is_code;
             continue;
         }
-        let here = line.replace("/srv/backup", &place.display().to_string());
+        let here = line.replace("/srv/backup", &place.display().to_string()).replace('"', "");
         let Some(command) = here.split(" #").next().filter(|_| is_code).map(str::trim) else { continue };
         let (command, out) =
             command.split_once(" > ").map_or((command, None), |(command, out)| (command, Some(out)));
         let parts: Vec<&str> = command.split_whitespace().collect();
         match (&parts[..], out) {
+            (["domsnap", "serve", args @ .., "--dir", dir, "&"], None) => {
+                server = Some(Server::of_snapshot(&domsnap, args, Path::new(dir), "vda")?);
+            }
+            (["kill", _], None) => server.take().context("a server")?.stop().context(line.to_owned())?,
+            (["nbdcopy", args @ ..], None) => {
+                ensure!(std::process::Command::new("nbdcopy").args(args).status()?.success(), "{line}");
+            }
             (["domsnap", args @ ..], None) => domsnap.done(args).map(drop).context(line.to_owned())?,
             (["domsnap", args @ ..], Some(out)) => {
                 let status = domsnap.command(args).stdout(std::fs::File::create(out)?).status()?;
@@ -740,6 +749,6 @@ fn every_command_of_the_page_runs() -> Result<()> {
         }
         run += 1;
     }
-    ensure!(run >= 14, "only {run} commands are left in the page");
+    ensure!(run >= 18, "only {run} commands are left in the page");
     Ok(())
 }

@@ -181,6 +181,27 @@ fn clone_while_the_source_runs() -> Result<()> {
     Ok(())
 }
 
+/// Without `--to`, a clone of a clone is beside it and not in its directory: what removes the first leaves
+/// the second whole. A directory with another name than the domain's is no clone's, and gets the clones.
+#[test]
+fn clone_of_a_clone_is_beside_it() -> Result<()> {
+    let mut domain = gold("external")?;
+    clone(&mut domain, "s1", &["web"], &[])?;
+    let domsnap = domain.domsnap();
+    domsnap.done(&["create", "web", "w", "--external"])?;
+    domsnap.done(&["clone", "web", "w", "next"])?;
+    ensure!(domain.image_of_clone("next", "vda").exists() && !domain.clones().join("web/next").exists());
+    let before = read(&domain, "next", "vda")?;
+    ensure!(before == read(&domain, "web", "vda")?, "the clone holds something else");
+    domsnap.done(&["domain", "remove", "web"])?;
+    std::fs::remove_dir_all(domain.clones().join("web"))?;
+    ensure!(read(&domain, "next", "vda")? == before);
+    domsnap.done(&["check", "next"])?;
+    domsnap.done(&["clone", NAME, "s1", "inside"])?;
+    ensure!(domain.disks().join("inside").is_dir());
+    Ok(())
+}
+
 /// The clones of one command are made all, or none: a refusal of one leaves nothing of the others.
 #[test]
 fn clones_are_made_all_or_none() -> Result<()> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::live::{Live, NAME};
+use domsnap_tests::served::Server;
 use domsnap_tests::{qemu, report};
 use serde_json::Value;
 
@@ -40,6 +41,43 @@ fn done_in_turn(domsnap: &Domsnap, args: &[&str]) -> Result<()> {
     bail!("the domain was always locked")
 }
 
+/// Snapshots are served while the guest writes, and while the paths of its images lead to others.
+fn served(live: &mut Live) -> Result<()> {
+    let targets = live.guest.targets();
+    let first = targets.first().context("a disk")?.clone();
+    let raw = live.guest.dir().join("served.raw");
+    let dirs = ["s1", "s2"].map(|name| (name, live.guest.dir().join(format!("n-{name}"))));
+    let mut servers = Vec::new();
+    for (name, dir) in &dirs {
+        servers.push((*name, Server::of_snapshot(&live.domsnap(), &[NAME, name], dir, &first)?));
+    }
+    for round in 0..2 {
+        for (name, server) in &servers {
+            for target in &targets {
+                let same = server.copy(target, &raw)? == held(live, name, target)?;
+                ensure!(same, "round {round}: {name} {target} is served with other content");
+            }
+            let refused = live.domsnap().run(&["delete", NAME, name])?.expect_status(status::REFUSED)?;
+            ensure!(refused.stderr.contains("serve:"), "{refused}");
+        }
+        if round == 0 {
+            live.create("s4", &["--external", "--disk-only"])?;
+            live.delete(&["s4"], &[])?;
+        }
+    }
+    std::fs::remove_file(raw)?;
+    for (name, mut server) in servers {
+        match name {
+            "s1" => server.stop()?,
+            _ => server.kill()?,
+        }
+    }
+    for (_, dir) in dirs {
+        let _ = std::fs::remove_dir_all(dir);
+    }
+    Ok(())
+}
+
 /// Internal and external snapshots with memory and without are exported while the guest writes: each file
 /// holds what the snapshot holds, the guest notices nothing, and it boots from an export.
 #[test]
@@ -65,6 +103,7 @@ fn exports_of_a_running_guest() -> Result<()> {
     for (name, since) in [("s2", "s1"), ("s3", "s2")] {
         live.domsnap().done(&["export", NAME, name, "--since", since, "--to", &to])?;
     }
+    served(&mut live)?;
     // The current state of a running domain is no snapshot.
     let running = live.domsnap().run(&["diff", NAME, "s1"])?.expect_status(status::REFUSED)?;
     ensure!(running.stderr.contains("the domain runs"), "{running}");

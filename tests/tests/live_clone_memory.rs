@@ -366,15 +366,132 @@ fn clones_get_an_identity() -> Result<()> {
 
 /// The QEMU whose sockets are in a directory.
 fn pid_of(dir: &Path) -> Result<Option<u32>> {
+    Ok(pids_of(dir)?.first().copied())
+}
+
+/// All of these.
+fn pids_of(dir: &Path) -> Result<Vec<u32>> {
     let wanted = format!("unix:{}/qmp", dir.display());
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
         let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
         if line.contains("qemu") && line.contains(&wanted) {
-            return Ok(Some(pid));
+            found.push(pid);
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// domsnap is killed while it starts clones, and while it starts one for a revert. Afterwards each clone
+/// runs, or no process of it is left, and it can be started; a revert that was interrupted is completed. None
+/// ever has two processes, or one that waits.
+fn killed_starts(live: &Live, clones: &Clones) -> Result<()> {
+    let names = ["k-1", "k-2"];
+    let to = clones.to();
+    let args = ["clone", NAME, "s1", "k", "--memory", "--count", "2", "--to", &to, "--start", "--json"];
+    let forget = |clones: &Clones| -> Result<()> {
+        for name in names {
+            pids_of(&clones.dir(name))?.into_iter().for_each(end);
+            live.domsnap().done(&["domain", "remove", name])?;
+            fs::remove_dir_all(clones.dir(name))?;
+        }
+        Ok(())
+    };
+    let running = |clones: &Clones, name: &str| -> Result<bool> {
+        let pids = pids_of(&clones.dir(name))?;
+        ensure!(pids.len() < 2, "{name} has the processes {pids:?}");
+        if pids.is_empty() {
+            return Ok(false);
+        }
+        let state = clones.ask(name, "query-status", Value::Null)?;
+        ensure!(state["status"] == "running", "{name} was left as process {pids:?}: {state}");
+        Ok(true)
+    };
+    let (_outputs, file) = shim::outputs()?;
+    shim::counting_commands(shim::preloaded(live.domsnap()), &file).done(&args)?;
+    let commands = fs::read_to_string(&file)?.lines().count();
+    ensure!(commands > 6, "two starts have {commands} commands");
+    forget(clones)?;
+    let all = std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1");
+    let every = if all { 1 } else { commands / 3 };
+    let mut left = [0, 0];
+    // 0: as soon as there is a process, before it answers.
+    for (number, place) in (0..=commands).step_by(every.max(1)).enumerate() {
+        let context = || format!("killed at command {place} of {commands}");
+        if place == 0 {
+            let mut child = live.domsnap().command(&args).stdout(std::process::Stdio::null()).spawn()?;
+            let until = Instant::now() + SOON;
+            while names.iter().all(|name| pid_of(&clones.dir(name)).is_ok_and(|pid| pid.is_none())) {
+                ensure!(child.try_wait()?.is_none() && Instant::now() < until, "no clone was started");
+                sleep(Duration::from_millis(1));
+            }
+            child.kill()?;
+            child.wait()?;
+        } else {
+            let killed =
+                shim::killing_at_command(shim::preloaded(live.domsnap()), place as u64, number % 2 == 1);
+            let outcome = killed.run(&args)?;
+            ensure!(outcome.status.is_none(), "{}: it was not killed: {outcome}", context());
+        }
+        let waits = names.iter().filter(|name| pid_of(&clones.dir(name)).is_ok_and(|pid| pid.is_some()));
+        left[0] += waits.count();
+        // What the next command is that ends them.
+        match number % 3 {
+            0 => drop(live.domsnap().done(&["recover"]).with_context(context)?),
+            1 => {
+                for name in names {
+                    live.domsnap().done(&["revert", name, "s1"]).with_context(context)?;
+                    ensure!(running(clones, name).with_context(context)?, "{}: {name}", context());
+                    clones.ticks(name).with_context(context)?;
+                }
+            }
+            _ => {
+                for name in names {
+                    live.domsnap().done(&["create", name, "next", "--disk-only"]).with_context(context)?;
+                }
+            }
+        }
+        for name in names {
+            left[1] += usize::from(running(clones, name).with_context(context)?);
+            live.domsnap().done(&["check", name]).with_context(context)?;
+        }
+        forget(clones).with_context(context)?;
+    }
+    println!("processes after the kills: {}, of which run: {}", left[0], left[1]);
+    ensure!(left[0] > 0, "no process was ever left");
+
+    // A revert that starts its domain.
+    live.domsnap().done(&args[..9])?;
+    let revert = ["revert", "k-1", "s1", "--json"];
+    let (_outputs, file) = shim::outputs()?;
+    shim::counting_commands(shim::preloaded(live.domsnap()), &file).done(&revert)?;
+    let commands = fs::read_to_string(&file)?.lines().count();
+    pids_of(&clones.dir("k-1"))?.into_iter().for_each(end);
+    let places = (0..=commands).flat_map(|place| [(place, false), (place, true)]);
+    let every = if all { 1 } else { 2 };
+    for (place, sent) in places.skip(1).step_by(every) {
+        let context = || format!("revert killed at command {place} of {commands}, sent: {sent}");
+        if place == 0 {
+            let mut child = live.domsnap().command(&revert).stdout(std::process::Stdio::null()).spawn()?;
+            let until = Instant::now() + SOON;
+            while pid_of(&clones.dir("k-1"))?.is_none() {
+                ensure!(child.try_wait()?.is_none() && Instant::now() < until, "it was not started");
+                sleep(Duration::from_millis(1));
+            }
+            child.kill()?;
+            child.wait()?;
+        } else {
+            let outcome =
+                shim::killing_at_command(shim::preloaded(live.domsnap()), place as u64, sent).run(&revert)?;
+            ensure!(outcome.status.is_none(), "{}: it was not killed: {outcome}", context());
+        }
+        live.domsnap().done(&["recover", "k-1"]).with_context(context)?;
+        ensure!(running(clones, "k-1").with_context(context)?, "{}: it does not run", context());
+        clones.ticks("k-1").with_context(context)?;
+        pids_of(&clones.dir("k-1"))?.into_iter().for_each(end);
+    }
+    forget(clones)
 }
 
 /// domsnap is killed, or the disk is full, at steps of a command that makes two clones: after `recover` there
@@ -440,6 +557,12 @@ fn clones_with_memory_are_all_or_none() -> Result<()> {
     }
     ensure!(happened[0] > 0, "each was carried through: {happened:?}");
     println!("undone and carried through: {happened:?}");
+
+    let killed = killed_starts(&live, &clones);
+    for name in ["k-1", "k-2"] {
+        pids_of(&clones.dir(name))?.into_iter().for_each(end);
+    }
+    killed?;
 
     // RAM and devices that were cut off, and RAM of another user, are not used.
     live.domsnap().done(&args)?;

@@ -236,7 +236,8 @@ impl Image {
         Self::of(Arc::new(file))
     }
 
-    fn of(file: Arc<ImageFile>) -> Result<Self> {
+    /// Reads an open file as an image, for reading.
+    pub(crate) fn of(file: Arc<ImageFile>) -> Result<Self> {
         let (header, head) = Header::read(&file)?;
         let mut sector = [0; SECTOR];
         if let Some(first) = head.get(..SECTOR) {

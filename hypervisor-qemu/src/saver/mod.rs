@@ -13,6 +13,7 @@
 //! | `describe` | the description of a domain, and the part of it that is recorded |
 //! | `clones` | clones with memory: their plan, their memory images, their start |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
+//! | `starting` | a QEMU between its start and the moment in which it is handed over; its end after a crash |
 //! | `fresh` | a fresh generation ID in the command that starts a QEMU |
 //! | `unpacked` | compressed memory images between their check and their use |
 //! | `secrets` | what is recorded of a process, and what of it is shown |
@@ -44,6 +45,7 @@ pub(crate) mod secrets;
 mod section;
 mod served;
 mod start;
+mod starting;
 mod unpacked;
 
 use std::{
@@ -264,6 +266,13 @@ impl VmStateSaver for Qemu {
 
     async fn start_clone(&self, start: StartClone<'_>) -> Result<StepOutcome> {
         clones::start(start, &self.unpacked).await
+    }
+
+    async fn end_interrupted_start(&self, domain: &Domain) -> Result<Option<String>> {
+        match &domain.control {
+            Some(control) => starting::recover(Path::new(&control.address)).await,
+            None => Ok(None),
+        }
     }
 
     fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {

@@ -393,14 +393,14 @@ async fn reset_now(machine: &Machine) -> Result<()> {
 }
 
 /// Ends QEMU, and waits until its process is gone: only then are the images closed.
-async fn quit(machine: &Machine) -> Result<()> {
+pub(super) async fn quit(machine: &Machine) -> Result<()> {
     let peer = machine.qmp().peer();
     // QEMU may end before it answers.
     let said = machine.qmp().execute_raw("quit", Value::Null).await;
     let gone = async {
         machine.qmp().closed().await;
         while let Some(peer) = peer
-            && is_alive(peer)
+            && is_alive(peer.pid, peer.start_ticks)
         {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
@@ -415,15 +415,24 @@ async fn quit(machine: &Machine) -> Result<()> {
     }
 }
 
-/// Returns true if a process still exists and is not a zombie.
-fn is_alive(peer: qmp::Peer) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid)) else { return false };
-    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
-    let mut fields = fields.split_whitespace();
-    let state = fields.next().unwrap_or("X");
+/// Returns true if a process, of this start time, still exists and is not a zombie.
+pub(super) fn is_alive(pid: u32, start_ticks: Option<u64>) -> bool {
+    let Some((state, start)) = stat_of(pid) else { return false };
+    start == start_ticks && (!matches!(state, 'Z' | 'X') || has_threads(pid))
+}
+
+/// The start time of a process, in clock ticks since boot.
+pub(super) fn start_of(pid: u32) -> Option<u64> {
+    stat_of(pid).and_then(|(_, start)| start)
+}
+
+/// The state and the start time of a process.
+fn stat_of(pid: u32) -> Option<(char, Option<u64>)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next().and_then(|state| state.chars().next()).unwrap_or('X');
     // The first one is field 3 of the file, the start is field 22.
-    let start = fields.nth(18).and_then(|ticks| ticks.parse::<u64>().ok());
-    start == peer.start_ticks && (!matches!(state, "Z" | "X") || has_threads(peer.pid))
+    Some((state, fields.nth(18).and_then(|ticks| ticks.parse().ok())))
 }
 
 /// Returns true if threads of a process whose first thread has ended still run: they have its files open.

@@ -26,6 +26,7 @@ use super::{
     media::put_back,
     reach, recorded,
     section::reset,
+    starting::Starting,
     unpacked::Unpacked,
 };
 use crate::{
@@ -153,11 +154,23 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
             blocking(move || image.generation_ids()).await?
         }
     };
+    // The guest is resumed after the load, and does not run by itself: until then, what a crash leaves can be
+    // ended. Its disks would be newer than the memory afterwards.
     let mut spawned = recipe.clone();
-    if (has_media || !places.is_empty()) && runs == Some(true) {
+    if runs == Some(true) {
         spawned.args.push("-S".to_owned());
     }
-    let mut process = match Started::spawn(&spawned) {
+    let address =
+        start.domain.control.as_ref().map(|control| PathBuf::from(&control.address)).unwrap_or_default();
+    // If it is not known whether the guest ran, QEMU decides when it does.
+    let starting = match runs {
+        Some(_) => {
+            let address = address.clone();
+            Some(blocking(move || Starting::begin(&address)).await?)
+        }
+        None => None,
+    };
+    let mut process = match Started::spawn(&spawned, starting) {
         Ok(process) => process,
         Err(error) => {
             facts.notes.push(format!("the domain was not started: {error}; run the command to start it"));
@@ -165,8 +178,6 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
             return Ok(facts);
         }
     };
-    let address =
-        start.domain.control.as_ref().map(|control| PathBuf::from(&control.address)).unwrap_or_default();
     let loaded = async {
         let machine = process.answers(&address).await?;
         process.loads(&machine).await?;
@@ -189,6 +200,9 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
             note =
                 generation_id::renew(&machine, &places).await.err().map(|error| generation_id::note(&error));
         }
+        if runs == Some(true) {
+            process.ready()?;
+        }
         Ok::<_, Error>((machine, note))
     };
     let machine = match loaded.await {
@@ -201,13 +215,15 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
             return Err(error.context(format!("starting domain {} from {file}", start.domain.name)));
         }
     };
-    process.leave();
     facts.guest = Some(GuestChange::Started);
     // The process that serves the socket: the started one may have made itself a daemon.
     facts.started = Some(StartedDomain::process(machine.pid(), recipe.args));
-    if runs == Some(true) {
-        machine.cont().await.map_err(to_engine)?;
-    }
+    let resumed = match runs {
+        Some(true) => machine.cont().await,
+        Some(false) | None => Ok(()),
+    };
+    process.leave();
+    resumed.map_err(to_engine)?;
     if !machine.run_state().await.map_err(to_engine)?.running {
         machine.activate_disks().await.map_err(to_engine)?;
     }
@@ -353,7 +369,9 @@ impl Spawned {
             is_recorded: false,
             is_fresh: true,
         };
-        let mut started = Started::spawn(&recipe)
+        let address = socket.to_owned();
+        let starting = blocking(move || Starting::begin(&address)).await?;
+        let mut started = Started::spawn(&recipe, Some(starting))
             .map_err(|error| Error::new(ErrorKind::Io, format!("QEMU cannot be started: {error}")))?;
         match started.answers(socket).await {
             Ok(machine) => Ok((Self(Some(started)), machine)),
@@ -391,11 +409,13 @@ struct Started {
     /// Its error output: a file without a name.
     stderr: File,
     pid: u32,
+    /// What a recovery knows of it until it is handed over.
+    starting: Option<Starting>,
 }
 
 impl Started {
     /// Starts it detached from this process: in its own process group, with none of our files open.
-    fn spawn(recipe: &Recipe) -> std::io::Result<Self> {
+    fn spawn(recipe: &Recipe, starting: Option<Starting>) -> std::io::Result<Self> {
         let stderr = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
         let args = recipe.args.split_first();
         let (first, rest) = args.ok_or_else(|| std::io::Error::other("the command is empty"))?;
@@ -405,12 +425,13 @@ impl Started {
         if let Some(environment) = &recipe.environment {
             command.env_clear().envs(environment.iter().map(|(name, value)| (name, value)));
         }
+        command.envs(starting.as_ref().map(Starting::variable));
         if let Some(directory) = &recipe.directory {
             command.current_dir(directory);
         }
         let child = command.spawn()?;
         let pid = child.id();
-        Ok(Self { child: Some(child), stderr, pid })
+        Ok(Self { child: Some(child), stderr, pid, starting })
     }
 
     /// Waits until it answers at its QMP socket.
@@ -488,15 +509,28 @@ impl Started {
         if text.is_empty() { format!("process {} said nothing", self.pid) } else { text }
     }
 
-    /// Kills it.
+    /// Notes that its guest may run from now on.
+    fn ready(&mut self) -> Result<()> {
+        match &mut self.starting {
+            Some(starting) => starting.ready().map_err(to_engine),
+            None => Ok(()),
+        }
+    }
+
+    /// Kills it, and the process as which it continues if it has made itself a daemon.
     fn end(&mut self) {
         if let Some(child) = &mut self.child {
             let _ = child.kill();
             let _ = child.wait();
         }
+        if let Some(starting) = &self.starting
+            && let Err(error) = starting.end()
+        {
+            tracing::warn!(%error, "a QEMU that could not be started may be left");
+        }
     }
 
-    /// Leaves it running; a thread waits for its end, so that it does not stay as a zombie.
+    /// Hands it over and leaves it running; a thread waits for its end, so that it does not stay as a zombie.
     fn leave(mut self) {
         if let Some(mut child) = self.child.take() {
             std::thread::spawn(move || child.wait());

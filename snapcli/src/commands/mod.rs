@@ -40,6 +40,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Clone(clone) => clone::run(&open(global)?, clone),
         Command::Diff(diff) => diff::run(&open(global)?, diff),
         Command::Export(export) => export::run(&open(global)?, export).map_err(Failure::of_plan),
+        Command::Serve(serve) => serve::snapshot::run(&open(global)?, serve),
         Command::Undo(undo) => held::undo(&open(global)?, undo),
         Command::Hold(hold) => held::hold(&open(global)?, hold),
         Command::Release(release) => held::release(&open(global)?, release),

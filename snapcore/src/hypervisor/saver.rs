@@ -518,6 +518,20 @@ pub trait VmStateSaver: Send + Sync {
         Err(no_clones(format!("the hypervisor of domain {} starts no clones", start.domain.name)))
     }
 
+    /// Ends what an interrupted [`VmStateSaver::start`] or [`VmStateSaver::start_clone`] of a killed process
+    /// has left of the domain: a process that waits for its memory, or one that was not handed over yet. A
+    /// domain whose guest may have written to its disks by a [`VmStateSaver::start`] is left running.
+    /// Returns a message if something was done. The caller has the domain's lock, and is not connected yet.
+    ///
+    /// A process that another program started is never ended.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if another process starts the domain at this moment; a process that
+    /// does not end.
+    async fn end_interrupted_start(&self, _domain: &Domain) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     /// Returns a machine's record ([`DomainInfo::machine`]) fit for display: without its secrets, such as
     /// passwords on a recorded command line.
     fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {

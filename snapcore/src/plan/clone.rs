@@ -130,12 +130,19 @@ impl Planner<'_> {
             .active_path(self.domain.active_path)
     }
 
-    /// The directory of the first disk that is a file.
+    /// The directory of the first disk that is a file. If that is the domain's own, with its name, as a clone
+    /// has one: the directory above. So a clone of a clone is beside it, and is not removed with it.
     fn directory(&self, wanted: &Snapshot) -> Utf8PathBuf {
         let members = self.disks.iter().filter(|disk| wanted.point(disk.target()).is_some());
         let mut directories = members.filter_map(|disk| disk.record.disk.address.local()?.parent());
         let is_of_files = |directory: &&Utf8Path| !directory.starts_with("/dev");
-        directories.find(is_of_files).unwrap_or(Utf8Path::new("/")).to_owned()
+        let directory = directories.find(is_of_files).unwrap_or(Utf8Path::new("/"));
+        let is_own = directory.file_name() == Some(self.domain.name.as_str());
+        match directory.parent() {
+            // The root directory is no place for images.
+            Some(above) if is_own && above.parent().is_some() => above.to_owned(),
+            _ => directory.to_owned(),
+        }
     }
 
     /// Refuses a clone that would silently be with or without the snapshot's memory.

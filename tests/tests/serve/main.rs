@@ -2,6 +2,7 @@
 //! sockets; under a guest.
 
 mod reports;
+mod snapshot;
 mod vhd;
 
 use std::os::unix::fs::FileExt;

@@ -28,7 +28,7 @@ fn shown(image: &Path) -> Result<Vec<u8>> {
 }
 
 /// A dynamic image of QEMU's, `base.vhd`, with data, and what it shows.
-fn base(place: &Place) -> Result<Vec<u8>> {
+pub fn base(place: &Place) -> Result<Vec<u8>> {
     let base = text(&place.file("base.vhd"));
     qemu::img(&["create", "-q", "-f", "vpc", "-o", "force_size=on", &base, "16M"])?;
     qemu::run("qemu-io", &["-f", "vpc", "-c", "write -P 1 0 5M", &base])?;

@@ -1,4 +1,5 @@
-//! `domsnap disk serve`: one image over NBD, in a process of its own, for as long as that lives.
+//! `domsnap disk serve`: one image over NBD, in a process of its own, for as long as that lives. `domsnap
+//! serve`: the disks of a snapshot (`snapshot.rs`).
 //!
 //! The process holds the image's locks. A snapshot that it serves gets a hold, which ends with the process.
 //! It changes nothing else of the catalogue. What only the service knows is asked of it before: whether a
@@ -7,6 +8,7 @@
 mod held;
 mod point;
 mod raw;
+pub mod snapshot;
 mod vhd;
 
 use std::sync::Arc;
@@ -75,7 +77,7 @@ fn serve_image(
         answer::print(&session.changed(document, reported).text);
         report_ready()
             .map_err(|cause| Error::new(ErrorKind::Io, "systemd cannot be notified").because(cause))?;
-        Ok(running)
+        Ok(vec![running])
     })?;
     Ok(Answer::text(""))
 }
@@ -164,10 +166,10 @@ pub(super) fn require_writable(session: &Session, image: &Utf8Path) -> Result<()
     }
 }
 
-/// Starts the server, waits for SIGTERM or SIGINT, and ends it in an orderly way. Signals are listened for
+/// Starts the servers, waits for SIGTERM or SIGINT, and ends them in an orderly way. Signals are listened for
 /// before a client can connect. The loss of a terminal does not end the server. Neither does a limit on the
 /// size of files: that fails a write.
-fn until_the_end(start: impl FnOnce() -> Result<Running>) -> Result<()> {
+fn until_the_end(start: impl FnOnce() -> Result<Vec<Running>>) -> Result<()> {
     let failed = |cause| Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause);
     let runtime = Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let running = runtime.block_on(async {
@@ -182,7 +184,9 @@ fn until_the_end(start: impl FnOnce() -> Result<Running>) -> Result<()> {
         }
         Ok::<_, Error>(running)
     })?;
-    running.stop().map_err(of_server)
+    // All of them end, also after a failure.
+    let ended: Vec<_> = running.into_iter().map(|server| server.stop().map_err(of_server)).collect();
+    ended.into_iter().collect()
 }
 
 /// Maps an error of the server.

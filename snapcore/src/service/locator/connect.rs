@@ -43,6 +43,20 @@ impl Locator {
             .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
     }
 
+    /// Ends what a start of the domain that was interrupted has left, before it is connected to. Returns a
+    /// message. The caller has the domain's lock.
+    pub(in crate::service) async fn end_interrupted_start(&self, domain: &Domain) -> Result<Option<String>> {
+        if domain.hypervisor.is_none() || self.require_here(domain).is_err() {
+            return Ok(None);
+        }
+        // A domain whose hypervisor this program does not have can be locked too.
+        let Ok(saver) = self.registry.hypervisor(&domain.hypervisor) else { return Ok(None) };
+        saver
+            .end_interrupted_start(domain)
+            .await
+            .map_err(|error| error.context(format!("ending the interrupted start of domain {}", domain.name)))
+    }
+
     /// Refuses a domain that runs on another machine. Its address may be that of another domain here, and its
     /// disks may be in use there.
     fn require_here(&self, domain: &Domain) -> Result<()> {

@@ -25,6 +25,7 @@ impl Operator {
             return Ok(Vec::new());
         }
         let name = entry.domain.name.clone();
+        self.end_interrupted_start(&entry.domain).await?;
         let live = self.locator.connect(&entry.domain).await?;
         let mut reports = Vec::new();
         for operation in self.records.unfinished(&name).await? {

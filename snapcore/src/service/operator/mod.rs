@@ -20,9 +20,10 @@ use super::planning::{Planning, Watcher};
 use super::records::Records;
 use super::{DomainRef, Outcome};
 use crate::catalogue::Entry;
+use crate::domain::Domain;
 use crate::engine::Run;
 use crate::error::{ErrorKind, Result};
-use crate::event::Events;
+use crate::event::{Event, Events};
 use crate::hypervisor::{PowerAfter, VmStateSaver};
 use crate::registry::Registry;
 use crate::request::Request;
@@ -71,6 +72,7 @@ impl Operator {
             return self.make_clones(locked, request, &cancel).await;
         }
         let mut recovered = Vec::new();
+        self.end_interrupted_start(&locked.located.entry.domain).await?;
         let mut live = self.locator.connect(&locked.located.entry.domain).await?;
         if locked.located.catalogued {
             self.authority.require(&locked.manifests, &locked.located.entry).await?;
@@ -86,6 +88,14 @@ impl Operator {
         outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
         outcome.recovered = recovered;
         Ok(outcome)
+    }
+
+    /// Ends what an interrupted start of the domain has left, and reports it.
+    async fn end_interrupted_start(&self, domain: &Domain) -> Result<()> {
+        if let Some(message) = self.locator.end_interrupted_start(domain).await? {
+            self.events.report(Event::Warning { domain: domain.name.clone(), message });
+        }
+        Ok(())
     }
 
     async fn change_once(

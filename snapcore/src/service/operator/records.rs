@@ -52,6 +52,7 @@ impl Operator {
             self.authority.require(&locked.manifests, &locked.located.entry).await?;
             let name = locked.located.entry.domain.name.clone();
             if !self.records.unfinished(&name).await?.is_empty() {
+                self.end_interrupted_start(&locked.located.entry.domain).await?;
                 let mut live = self.locator.connect(&locked.located.entry.domain).await?;
                 recovered = self.recover_entry(locked, &mut live, cancel).await?;
             }

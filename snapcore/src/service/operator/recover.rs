@@ -120,6 +120,7 @@ impl Operator {
         }
         self.authority.require(&locked.manifests, &locked.located.entry).await?;
         let name = locked.located.entry.domain.name.clone();
+        self.end_interrupted_start(&locked.located.entry.domain).await?;
         let mut live = self.locator.connect(&locked.located.entry.domain).await?;
         let mut reports = self.recover_entry(&mut locked, &mut live, &cancel).await?;
         let left = match &live {

@@ -108,6 +108,10 @@ impl Registrar {
         if !catalogued {
             return Err(not_catalogued(&reference));
         }
+        // Nothing would end it without the domain.
+        if let Some(message) = self.locator.end_interrupted_start(&entry.domain).await? {
+            self.events.report(Event::Warning { domain: name.clone(), message });
+        }
         // If the manifests have more than the catalogue, or another catalogue's content, they stay as they
         // are.
         if self.authority.contradiction(manifests, entry).await?.is_none() {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::Viewer;
+use crate::address::DiskAddress;
 use crate::backend::{Differences, InspectDepth, PointImage, Ranges};
 use crate::catalogue::Entry;
 use crate::domain::{DiskRecord, Domain};
@@ -123,7 +124,9 @@ pub struct OpenSnapshot {
 pub struct OpenDisk {
     /// The disk.
     pub target: Target,
-    /// Its state.
+    /// The layer in which the state is.
+    pub layer: DiskAddress,
+    /// The state.
     pub image: Arc<dyn PointImage>,
 }
 
@@ -239,7 +242,8 @@ impl Viewer {
             require_recorded(member, &state)?;
             let backend = self.registry.serving(&record.disk)?;
             let image = backend.open_point(record, &state, &member.point).await?;
-            disks.push(OpenDisk { target: target.clone(), image });
+            let layer = state.layer(&member.point.layer).map_or(&record.disk.address, |found| &found.address);
+            disks.push(OpenDisk { target: target.clone(), layer: layer.clone(), image });
         }
         Ok(OpenSnapshot { domain: entry.domain, snapshot, disks, left_out })
     }
