@@ -1,9 +1,9 @@
 //! JSON files that say which kind and version they are, and show damage by a checksum.
 //!
-//! A file is an envelope around its content: `{"MARKER": VERSION, "crc32": "HEX", "content": ...}`. The marker
-//! is the name of the kind, so that a file of another kind is not taken for one. The checksum is the CRC-32 of
-//! the content's bytes, exactly as the file has them. It finds damage. It proves nothing about who wrote the
-//! file: whoever may write there can write a checksum too.
+//! A file is an envelope around its content: `{"MARKER": VERSION, "crc32": "HEX", "content": ...}`. The
+//! marker is the name of the kind, so that a file of another kind is not taken for one. The checksum is the
+//! CRC-32 of the content's bytes, exactly as the file has them. It finds damage. It proves nothing about who
+//! wrote the file: whoever may write there can write a checksum too.
 //!
 //! ```
 //! use checked_json::Envelope;

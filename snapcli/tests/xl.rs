@@ -241,12 +241,12 @@ fn snapshots_are_reverted_to_and_deleted() {
     // Usage has the same status here, as with xl.
     let said = place.fails(&["xl", "snapshot-delete", "your_domain"]);
     assert!(said.contains("-n <NAME>"), "{said}");
-    let said = place.fails(&["xl", "snapshot-list", "nobody"]);
-    assert!(said.contains("nobody"), "{said}");
+    let said = place.fails(&["xl", "snapshot-list", "unknown"]);
+    assert!(said.contains("unknown"), "{said}");
 }
 
-/// A file that is wrong is refused with its line, and conflicts are, before anything is done; a dry run prints
-/// the snapshot.
+/// A wrong file is refused with its line, and conflicts are, before anything is done; a dry run prints the
+/// snapshot.
 #[test]
 fn wrong_requests_make_no_changes() {
     let place = Place::new();

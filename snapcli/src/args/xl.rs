@@ -34,7 +34,7 @@ pub struct XlCreate {
     /// A configuration file (xl.snapshot.cfg), if any, and the domain: its name or number in Xen, or any
     /// DOMAIN of domsnap
     #[arg(required = true, num_args = 1..=2, value_names = ["CONFIGFILE", "DOMAIN"])]
-    pub words: Vec<String>,
+    pub arguments: Vec<String>,
     /// The new snapshot's name [default: seconds since 1970]
     #[arg(short = 'n', value_name = "NAME")]
     pub name: Option<String>,

@@ -70,7 +70,7 @@ fn snapshot_name(given: &str) -> Result<SnapshotName, Error> {
 }
 
 fn create(session: &Session, args: XlCreate, dry_run: bool) -> Result<Answer, Failure> {
-    let (file, word) = match args.words.as_slice() {
+    let (file, word) = match args.arguments.as_slice() {
         [domain] => (None, domain),
         // The prototype's manual has both orders.
         [domain, file] if Utf8Path::new(file).is_file() && !Utf8Path::new(domain).is_file() => {
