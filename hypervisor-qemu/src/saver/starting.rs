@@ -266,12 +266,13 @@ fn is_named(directory: &Directory, name: &FileName, file: &File) -> io::Result<b
     Ok(directory.look(name)?.is_some_and(|found| found.identity == (about.dev(), about.ino())))
 }
 
-/// The directory of this user's notes. It is checked: everyone may make files in the one above.
+/// The directory of this user's notes, where possible below one in which no other user can make files: there
+/// another one could take the name first, and no domain could be started. It is checked anyway.
 fn directory(make: bool) -> io::Result<Option<Directory>> {
     let user = rustix::process::geteuid().as_raw();
-    let shared = Path::new("/dev/shm");
-    let above = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
-    let path = above.join(format!("domsnap-{user}"));
+    let own = if user == 0 { PathBuf::from("/run") } else { PathBuf::from(format!("/run/user/{user}")) };
+    let above = [own, PathBuf::from("/dev/shm")].into_iter().find(|above| above.is_dir());
+    let path = above.unwrap_or_else(std::env::temp_dir).join(format!("domsnap-{user}"));
     if !make && !path.exists() {
         return Ok(None);
     }

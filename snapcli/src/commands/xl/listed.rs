@@ -29,8 +29,7 @@ pub fn table(domain: &Domain, snapshots: &[SnapshotDoc], long: bool) -> String {
 
 fn row(snapshot: &SnapshotDoc, zone: &TimeZone) -> String {
     let date = snapshot.created.to_zoned(zone.clone()).strftime("%Y-%m-%d %H:%M:%S %z").to_string();
-    // Letters of `xl list`: running, blocked, paused, shut down, dying. A domain in one of the last two has no
-    // snapshot taken.
+    // Letters of `xl list`: running, blocked, paused, shut down, dying. In the last two no snapshot is taken.
     let state = match (&snapshot.memory, snapshot.consistency) {
         (Some(memory), _) if !memory.running => "--p--",
         (Some(_), _) | (None, Consistency::Crash | Consistency::Filesystem) => "r----",
