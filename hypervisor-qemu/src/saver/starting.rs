@@ -127,7 +127,7 @@ pub(super) async fn recover(address: &Path) -> Result<Option<String>> {
     if let [first, ..] = ended[..] {
         note.remove();
         return Ok(Some(format!(
-            "a start of the domain was interrupted: its QEMU, process {first}, was ended, and the domain does not run"
+            "a start of the domain was interrupted: its QEMU, process {first}, was ended"
         )));
     }
     // By a command of the user's own, another process may have started the QEMU, such as a service manager.
