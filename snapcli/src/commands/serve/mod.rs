@@ -8,6 +8,7 @@
 mod held;
 mod point;
 mod raw;
+mod read_only;
 pub mod snapshot;
 mod vhd;
 
@@ -225,11 +226,15 @@ fn of_backend(error: &Error) -> nbd_server::Error {
 
 /// Describes an opened file as a layer.
 fn layer(path: &Utf8Path, file: &std::fs::File) -> Result<nbd_server::Layer> {
-    use std::os::unix::fs::MetadataExt;
     let about = file
         .metadata()
         .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot look at {path}")).because(cause))?;
-    Ok(nbd_server::Layer { file: path.to_owned(), device: about.dev(), inode: about.ino() })
+    Ok(layer_about(path, &about))
+}
+
+fn layer_about(path: &Utf8Path, about: &std::fs::Metadata) -> nbd_server::Layer {
+    use std::os::unix::fs::MetadataExt;
+    nbd_server::Layer { file: path.to_owned(), device: about.dev(), inode: about.ino() }
 }
 
 /// Makes the description of an opened image.

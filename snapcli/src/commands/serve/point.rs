@@ -8,10 +8,11 @@ use backend_vhd::VhdBase;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::engine::file::ImageFile;
 use image_files::{BaseFormat, BaseImage, LockMode, lock};
-use nbd_server::{Content, Extent, Image, Layer, Served, Zeroing};
+use nbd_server::{Content, Extent, Layer, Served};
 use snapcore::backend::InspectDepth;
 use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, Point, Result, Target};
 
+use super::read_only::{ReadOnly, Readable};
 use super::vhd::VhdFormat;
 use super::{layer, raw, served};
 use crate::failure::Failure;
@@ -160,41 +161,18 @@ impl BottomReader for Base {
     }
 }
 
-/// A point as an image.
-struct ReadOnly(PointReader);
-
-impl Image for ReadOnly {
+impl Readable for PointReader {
     fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
+        PointReader::size(self)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buf, offset).map_err(io::Error::other)
-    }
-
-    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn zero(&self, _: u64, _: u64, _: Zeroing) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
+        PointReader::read_at(self, buf, offset).map_err(io::Error::other)
     }
 
     fn map(&self, offset: u64, length: u64, limit: usize) -> io::Result<Vec<Extent>> {
-        let end = offset.saturating_add(length).min(self.0.size());
-        let pieces = self.0.pieces(offset, end, limit).map_err(io::Error::other)?;
+        let end = offset.saturating_add(length).min(PointReader::size(self));
+        let pieces = self.pieces(offset, end, limit).map_err(io::Error::other)?;
         let extents = pieces.into_iter().map(|piece| Extent {
             length: piece.end - piece.start,
             content: match piece.content {

@@ -10,14 +10,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use nbd_server::{
-    Content, Extent, Format, Image, Layer, Place, Served, Server, Zeroing, control_path, report_ready,
-};
+use nbd_server::{Content, Extent, Format, Place, Served, Server, control_path, report_ready};
 use snapcore::backend::PointImage;
 use snapcore::service::{HoldRequest, OpenDisk, OpenSnapshot, ReleaseRequest};
-use snapcore::{Error, ErrorKind, Holder, HoldingProcess, Result};
+use snapcore::{Error, ErrorKind, Holder, HoldingProcess, Result, SnapshotName};
 
-use super::{of_server, until_the_end};
+use super::read_only::{ReadOnly, Readable};
+use super::{layer_about, of_server, until_the_end};
 use crate::answer::{self, Answer};
 use crate::args::ServeSnapshot;
 use crate::commands::domain::absolute;
@@ -126,19 +125,13 @@ impl Drop for SocketDirectory {
     }
 }
 
-fn served(disk: &OpenDisk, name: &snapcore::SnapshotName) -> Result<Served> {
-    use std::os::unix::fs::MetadataExt;
+fn served(disk: &OpenDisk, name: &SnapshotName) -> Result<Served> {
     let file = disk.layer.require_path()?;
     let about = std::fs::metadata(file)
         .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot look at {file}")).because(cause))?;
-    let layer = Layer { file: file.to_owned(), device: about.dev(), inode: about.ino() };
-    Ok(Served {
-        image: Arc::new(Point(Arc::clone(&disk.image))),
-        path: file.to_owned(),
-        format: "raw".to_owned(),
-        snapshot: Some(name.to_string()),
-        layers: vec![layer],
-    })
+    let image = Arc::new(ReadOnly(Arc::clone(&disk.image)));
+    let served = super::served(image, file, "raw", vec![layer_about(file, &about)]);
+    Ok(Served { snapshot: Some(name.to_string()), ..served })
 }
 
 /// Refuses other images on the control socket: a snapshot is served, and nothing else.
@@ -151,44 +144,21 @@ impl Format for Fixed {
     }
 }
 
-/// A point as an image.
-struct Point(Arc<dyn PointImage>);
-
-impl Image for Point {
+impl Readable for Arc<dyn PointImage> {
     fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
+        (**self).size()
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buf, offset).map_err(io::Error::other)?;
-        self.0.require_still().map_err(io::Error::other)
-    }
-
-    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn zero(&self, _: u64, _: u64, _: Zeroing) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
+        (**self).read_at(buf, offset).map_err(io::Error::other)?;
+        self.require_still().map_err(io::Error::other)
     }
 
     fn map(&self, offset: u64, length: u64, limit: usize) -> io::Result<Vec<Extent>> {
-        let end = offset.saturating_add(length).min(self.0.size());
-        let extents = self.0.extents(offset, end, limit).map_err(io::Error::other)?;
+        let end = offset.saturating_add(length).min((**self).size());
+        let extents = self.extents(offset, end, limit).map_err(io::Error::other)?;
         // A client skips the holes: they must be those of the point.
-        self.0.require_still().map_err(io::Error::other)?;
+        self.require_still().map_err(io::Error::other)?;
         let content = |zero| if zero { Content::Hole } else { Content::Data };
         let extents = extents.into_iter();
         Ok(extents
