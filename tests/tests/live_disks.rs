@@ -390,7 +390,7 @@ fn unplugged_disk_is_released() -> Result<()> {
     ensure!(
         qemu.qmp("query-named-block-nodes", json!({ "flat": true }))?
             .as_array()
-            .is_some_and(|nodes| nodes.iter().all(|node| !node["file"].to_string().contains("e.qcow2"))),
+            .is_some_and(|nodes| nodes.iter().all(|node| !node["file"].to_string().contains("/e.qcow2"))),
         "QEMU has the unplugged disk open"
     );
     domsnap.done(&["create", &address, "s3", "--disk-only", "--disk", "sda=skip"])?;

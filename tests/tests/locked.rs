@@ -667,7 +667,7 @@ fn manifests_follow_the_first_disk() -> Result<()> {
         // Whatever came of it, the next change writes what is true, and nothing is where no command looks.
         domain.domsnap().done(&["create", NAME, "s2", "--internal"])?;
         let shown = domain.domsnap().done(&["domain", "show", NAME])?;
-        let has_first = shown.stdout.contains("a.qcow2");
+        let has_first = shown.stdout.contains("/a.qcow2");
         let (here, there) = (previous.exists(), domain.disks().join("b.qcow2.domsnap").exists());
         ensure!(here == has_first && there != here, "{number}: {here} {there}: {shown}");
         if number > 0 && !killed {

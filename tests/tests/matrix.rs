@@ -627,7 +627,7 @@ mod paths {
         std::fs::copy(&path, &other)?;
         std::fs::rename(&other, &path)?;
         let outcome = domain.declined(&["create", NAME, "s2", "--external"], status::REFUSED)?;
-        ensure!(outcome.stderr.contains("a.qcow2"), "the path is not named: {outcome}");
+        ensure!(outcome.stderr.contains("/a.qcow2"), "the path is not named: {outcome}");
         Ok(())
     }
 }

@@ -144,7 +144,7 @@ mod others {
         ];
         for args in commands {
             let outcome = domain.declined(args, status::REFUSED)?;
-            ensure!(outcome.stderr.contains("b.qcow2"), "the image is not named: {outcome}");
+            ensure!(outcome.stderr.contains("/b.qcow2"), "the image is not named: {outcome}");
         }
         running.stop()?;
         domain.verify()?;
