@@ -213,7 +213,8 @@ pub fn kill_and_write_everywhere(scenario: Scenario) -> Result<()> {
 
 /// Whether a death just before this operation can leave something else than a death before the one before it.
 /// Not so behind a flush, which changes nothing that outlives a process but not the power; nor between the
-/// frames of one transaction in SQLite's log, none of which count before the last. With
+/// frames of one transaction in SQLite's log, none of which count before the last; nor between the pages of a
+/// checkpoint, which are in the log until it has ended. With
 /// `DOMSNAP_KILL_EVERY=1` all are tried. Of those after which a temporary file alone has less in it than at
 /// the next, one of 4 is.
 pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
@@ -228,10 +229,10 @@ pub fn sampled() -> usize {
     usize::try_from(seed::from_env("DOMSNAP_STRIKES_EVERY", 2)).unwrap_or(1).max(1)
 }
 
-/// Whether it is a frame of a transaction in SQLite's log, with others on both sides of it.
+/// Whether SQLite writes before it and after it too: frames of one transaction, or pages of one checkpoint.
 fn is_within_a_transaction(operations: &[shim::Counted], index: usize) -> bool {
-    let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
-    index > 0 && log(index - 1) && log(index) && log(index + 1)
+    let written = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_catalogue);
+    index > 0 && written(index - 1) && written(index) && written(index + 1)
 }
 
 fn kill(scenario: Scenario, write: bool) -> Result<()> {
@@ -241,10 +242,11 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         let distinguished = |index: &usize| every || is_distinguished(&operations, *index);
         let instants =
             (0..operations.len()).filter(distinguished).map(|index| (operations[index].number, false));
-        // What is half written in SQLite's log fails its checksum: the same as not written. A temporary file
-        // with half of a write is one with less in it, as above.
+        // What is half written in SQLite's log fails its checksum: the same as not written; a page that is half
+        // written by a checkpoint is in the log. A temporary file with half of a write is one with less in it,
+        // as above.
         let torn = operations.iter().filter(|o| {
-            let is_own = !o.is_of_the_log() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
+            let is_own = !o.is_of_the_catalogue() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
             !write && o.can_tear() && (every || is_own)
         });
         let instants = instants.chain(torn.map(|o| (o.number, true)));

@@ -64,9 +64,9 @@ impl Counted {
             && [".domsnap-new", ".domsnap-switch", ".json.tmp", ".part"].iter().any(|end| path.ends_with(end))
     }
 
-    /// Whether it is a write to SQLite's log.
-    pub fn is_of_the_log(&self) -> bool {
-        self.line.starts_with("write ") && self.line.contains("-wal at ")
+    /// Whether it is a write to SQLite's log, or one of a checkpoint: to the database, of what is in the log.
+    pub fn is_of_the_catalogue(&self) -> bool {
+        self.line.starts_with("write ") && ["-wal at ", ".db at "].iter().any(|file| self.line.contains(file))
     }
 }
 
