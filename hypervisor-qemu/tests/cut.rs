@@ -49,10 +49,10 @@ async fn starts_cold(
         let mut process = kit::start_again(guest, &disks, args)?;
         let machine = kit::machine(guest).await?;
         if args.contains(&"defer") {
-            let state = restore_deferred(&machine, image, Duration::from_secs(60)).await?;
+            let state = restore_deferred(&machine, image, Duration::from_secs(240)).await?;
             ensure!(!state.running, "{state:?}");
             let error =
-                restore_deferred(&machine, image, Duration::from_secs(60)).await.expect_err("it has one");
+                restore_deferred(&machine, image, Duration::from_secs(240)).await.expect_err("it has one");
             ensure!(error.kind() == ErrorKind::Invalid, "{error}");
         } else {
             kit::until_loaded(&machine).await?;
@@ -154,7 +154,7 @@ async fn memory_is_restored_in_place_repeatedly() -> Result<()> {
             let graph = Graph::read(&machine).await?;
             let roots: Vec<_> =
                 guest.targets().iter().map(|device| graph.root(device).expect("a root").to_owned()).collect();
-            let restored = restore_in_place(&machine, &image, &roots, Duration::from_secs(60)).await?;
+            let restored = restore_in_place(&machine, &image, &roots, Duration::from_secs(240)).await?;
             assert!(!restored.state.running);
             machine.resume(paused).await?;
             println!("{version:?}: reverted in {:?}, was {}", begun.elapsed(), restored.state.word);
@@ -300,7 +300,7 @@ async fn unwritable_memory_image_fails_the_cut() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_is_paused_stays_paused() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
         let paused = machine.pause().await?;
@@ -365,7 +365,7 @@ async fn a_guest_of_io_threads_loses_no_interrupt() -> Result<()> {
 /// A machine is described, and each difference that its memory does not survive is listed.
 #[tokio::test(flavor = "multi_thread")]
 async fn differences_of_machines_are_listed() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let options = GuestOptions::new().version(version).more(&[
             "-drive",
             "if=none,id=cd,media=cdrom",

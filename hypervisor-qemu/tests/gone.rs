@@ -40,7 +40,7 @@ async fn killed<T>(
         tokio::time::sleep(after).await;
         kill(guest)
     };
-    let (ended, done) = tokio::join!(tokio::time::timeout(Duration::from_secs(30), operation), killer);
+    let (ended, done) = tokio::join!(tokio::time::timeout(Duration::from_secs(240), operation), killer);
     done?;
     let outcome = ended.context("it hangs")?;
     if let Err(error) = &outcome {
@@ -197,7 +197,7 @@ async fn kill_in_a_revert_or_detach_is_an_error() -> Result<()> {
                     0 | 1 => graph::swap(&machine, &swaps).await.map(drop),
                     2 => {
                         graph::swap(&machine, &swaps).await?;
-                        restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await.map(drop)
+                        restore_in_place(&machine, &image, &[], Duration::from_secs(240)).await.map(drop)
                     }
                     _ => detach_and_attach(&machine, &guest).await,
                 }
@@ -258,11 +258,11 @@ async fn guest_is_frozen_for_a_cut_and_thawed() -> Result<()> {
 
     // Thawed by a drop, by its limit, and by the next process after a crash.
     drop(quiesce::quiesce(&machine, &agent, quiesce::LIMIT).await?);
-    agent.wait_for_thaw(Duration::from_secs(30)).await?;
+    agent.wait_for_thaw(Duration::from_secs(240)).await?;
     guest.shell("sync")?;
     let quiesced = quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    agent.wait_for_thaw(Duration::from_secs(30)).await?;
+    agent.wait_for_thaw(Duration::from_secs(240)).await?;
     let consistency = quiesced.thaw().await;
     assert!(matches!(consistency, quiesce::Consistency::Crash { .. }), "{consistency:?}");
     assert_eq!(quiesce::thaw_after_crash(&agent).await?, 0);
@@ -270,7 +270,7 @@ async fn guest_is_frozen_for_a_cut_and_thawed() -> Result<()> {
 
     // Without an agent it fails at once, because QEMU reports that the port is closed.
     guest.shell("killall qemu-ga")?;
-    let until = std::time::Instant::now() + Duration::from_secs(30);
+    let until = std::time::Instant::now() + Duration::from_secs(240);
     loop {
         let begun = std::time::Instant::now();
         let error =
@@ -296,7 +296,7 @@ async fn hanging_qemu_is_an_error_in_time() -> Result<()> {
     let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
     let cut = kit::onto(&guest, &overlays);
     let begun = std::time::Instant::now();
-    let stopped = tokio::time::timeout(Duration::from_secs(60), async {
+    let stopped = tokio::time::timeout(Duration::from_secs(240), async {
         // Between the pause and the resume.
         cut.take(&machine, async || Ok(kill_process(pid, Signal::STOP)?)).await.map(drop)
     });

@@ -81,6 +81,9 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
 async fn path_stays_the_active_image() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
+            if !drive && !kit::versions().contains(&version) {
+                continue;
+            }
             let options = GuestOptions::new().version(version);
             let mut guest = kit::loaded(if drive { options.drive() } else { options })?;
             let machine = kit::machine(&guest).await?;
@@ -119,7 +122,7 @@ async fn path_stays_the_active_image() -> Result<()> {
 /// An external snapshot is reverted to in place, repeatedly.
 #[tokio::test(flavor = "multi_thread")]
 async fn external_snapshot_is_reverted_repeatedly() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
             let guest = kit::loaded(if drive { options.drive() } else { options })?;
@@ -142,7 +145,7 @@ async fn external_snapshot_is_reverted_repeatedly() -> Result<()> {
                 }
                 graph::swap(&machine, &swaps).await?;
                 let swapped = begun.elapsed();
-                restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await?;
+                restore_in_place(&machine, &image, &[], Duration::from_secs(240)).await?;
                 machine.resume(paused).await?;
                 println!(
                     "{version:?} drive {drive}: chains after {swapped:?}, reverted in {:?}",
@@ -164,7 +167,7 @@ async fn external_snapshot_is_reverted_repeatedly() -> Result<()> {
 /// Each of many cuts of a guest that never rests is of one instant.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_of_many_cuts_is_one_instant() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let guest = GuestOptions::new().version(version).tick_ms(0).start()?;
         guest.dirty(40, 100.0)?;
         guest.blocks(128, 0.0)?;
@@ -187,7 +190,7 @@ async fn each_of_many_cuts_is_one_instant() -> Result<()> {
                 .map(|((device, (_, overlay)), root)| Swap::new(device, overlay.clone(), Stack::node(root)))
                 .collect();
             assert_eq!(graph::swap(&machine, &swaps).await?, Vec::<String>::new());
-            restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await?;
+            restore_in_place(&machine, &image, &[], Duration::from_secs(240)).await?;
             machine.resume(paused).await?;
             guest.expect_no_bad()?;
             guest.verify_blocks()?;
@@ -234,7 +237,7 @@ async fn failed_swap_leaves_the_old_chain() -> Result<()> {
         assert_eq!([kit::chain(&machine, "vda").await?, kit::chain(&machine, "vdb").await?], before);
     }
     graph::swap(&machine, &swaps(&layers[1])?).await?;
-    restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await?;
+    restore_in_place(&machine, &image, &[], Duration::from_secs(240)).await?;
     machine.resume(paused).await?;
     assert_eq!(kit::chain(&machine, "vdb").await?, ["domsnap-r1", "domsnap-branch1", "d1"]);
     kit::sound(&machine).await?;
@@ -246,6 +249,9 @@ async fn failed_swap_leaves_the_old_chain() -> Result<()> {
 async fn disk_is_changed_while_detached() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
+            if !drive && !kit::versions().contains(&version) {
+                continue;
+            }
             let options = GuestOptions::new().version(version);
             let guest = kit::loaded(if drive { options.drive() } else { options })?;
             let machine = kit::machine(&guest).await?;

@@ -208,7 +208,7 @@ async fn leftovers_of_a_crash_are_found_and_finished() -> Result<()> {
             },
         );
         let mut given_up = Box::pin(stuck);
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(240);
         loop {
             let _ = tokio::time::timeout(std::time::Duration::from_millis(50), &mut given_up).await;
             if jobs::status(&machine, &commit.job).await?.is_some_and(|job| job.status == JobStatus::Pending)

@@ -336,7 +336,7 @@ async fn cut_is_undone_with_later_writes() -> Result<()> {
 /// Layers merge in each direction, with the path moved at the pivot, also after a crash.
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_merge_in_each_direction() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         for _ in 0..5 {
             let overlay = run.overlay(0)?;
@@ -441,7 +441,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
 /// A domain that is off is started from memory, with its previous command.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopped_domain_is_started_from_memory() -> Result<()> {
-    for version in BOTH {
+    for version in kit::versions() {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         let machine = run.live()?.seen().machine.clone();
         let overlays = vec![run.overlay(0)?, run.overlay(1)?];

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use testguest::Version;
 
 /// How long anything is waited for: a busy machine is no failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Returns true if an image has a pattern, which may be open in a QEMU and must be flushed.
 ///

@@ -142,7 +142,7 @@ impl Live {
     }
 
     fn with(options: GuestOptions, servers: Servers) -> Result<Live> {
-        let guest = options.deadline(Duration::from_secs(60)).start()?;
+        let guest = options.deadline(Duration::from_secs(240)).start()?;
         let state = guest.dir().join("state");
         let live = Live { guest, state, plugins: None, servers, held: BTreeMap::new() };
         live.load()?;
@@ -403,7 +403,7 @@ impl Live {
     /// # Errors
     /// If it does not.
     pub fn wait_running(&self) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_secs(240);
         loop {
             match self.guest.wait_ticks(1) {
                 Ok(()) => return Ok(()),

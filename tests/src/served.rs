@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::domsnap::Domsnap;
 
 /// How long a server may take to begin and to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A server. It is killed when this is dropped.
 pub struct Server {

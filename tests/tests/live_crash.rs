@@ -122,7 +122,7 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
     let args = [&["create", NAME, "x", "--compress=19"][..], if raw { &overlay } else { &["--external"] }];
     let mut child = live.domsnap().command(&args.concat()).stderr(Stdio::null()).spawn()?;
     // Only what QEMU flushed outlives its death: an overlay that has grown may map nothing yet.
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     while overlays(&live)?.iter().filter(|(file, _)| maps_data(file)).count() < 2 {
         ensure!(Instant::now() < until && child.try_wait()?.is_none(), "the guest wrote to no overlay");
         sleep(Duration::from_millis(1));

@@ -65,7 +65,7 @@ impl Drop for Server {
 fn serve(args: &[&str], socket: &str) -> Result<Server> {
     let mut command = Command::new(args[0]);
     let server = Server(command.args(&args[1..]).stdin(Stdio::null()).spawn().context(args[0].to_owned())?);
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     while !Path::new(socket).exists() {
         ensure!(Instant::now() < until, "{args:?} does not serve {socket}");
         std::thread::sleep(Duration::from_millis(20));
@@ -319,7 +319,7 @@ fn later_disk_and_busy_disk_are_refused() -> Result<()> {
     refused(domsnap.run(&["create", &address, "third", "--disk", "vdb=skip"])?, &["vda", "job nightly"])?;
     refused(domsnap.run(&["revert", &address, "second"])?, &["vda", "job nightly"])?;
     qemu.qmp("job-cancel", json!({ "id": "nightly" }))?;
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     while qemu.qmp("query-block-jobs", json!({}))?.as_array().is_some_and(|jobs| !jobs.is_empty()) {
         ensure!(Instant::now() < until, "the backup does not end");
         std::thread::sleep(Duration::from_millis(20));
@@ -334,7 +334,7 @@ fn later_disk_and_busy_disk_are_refused() -> Result<()> {
 
 /// Waits until so many devices have images.
 fn wait_for_backends(qemu: &Idle, wanted: usize) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     loop {
         let graph = qemu.qmp("x-debug-query-block-graph", json!({}))?;
         let nodes = graph["nodes"].as_array().context("nodes")?;
@@ -926,7 +926,7 @@ fn names_that_qemu_cannot_be_given_are_deferred() -> Result<()> {
 fn lock_when_stopped(monitor: &str, image: &str) -> Result<()> {
     use std::io::{BufRead, BufReader, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(monitor)?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(240)))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
     loop {

@@ -380,7 +380,7 @@ fn a_concluded_stream_ends_no_qemu() -> Result<()> {
         let mut qemu = Idle::start(Version::New, dir.path(), "m", &args)?;
         let stream = serde_json::json!({ "job-id": job, "device": "d0", "auto-dismiss": false });
         qemu.qmp("block-stream", stream)?;
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(240);
         while qemu.qmp("query-jobs", serde_json::json!({}))?[0]["status"] != "concluded" {
             ensure!(std::time::Instant::now() < until, "the job does not end");
             std::thread::sleep(std::time::Duration::from_millis(10));

@@ -36,8 +36,8 @@ pub const BUDGET: Duration = Duration::from_secs(20);
 /// A guest that ticks, writes random blocks and dirties memory.
 pub fn loaded(options: GuestOptions) -> Result<Guest> {
     let guest = options.start()?;
-    guest.dirty(24, 60.0)?;
-    guest.blocks(128, 100.0)?;
+    guest.dirty(24, 30.0)?;
+    guest.blocks(128, 30.0)?;
     guest.wait_ticks(10)?;
     Ok(guest)
 }
@@ -181,7 +181,7 @@ pub async fn until_loaded(machine: &Machine) -> Result<()> {
 
 /// Waits until a condition is true.
 pub async fn until(mut holds: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     while !holds().await? {
         ensure!(Instant::now() < until, "it does not come to hold within a minute");
         tokio::time::sleep(Duration::from_millis(5)).await;

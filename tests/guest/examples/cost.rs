@@ -1,6 +1,6 @@
 //! What a guest costs: processor time of its QEMU a second, idle and under the load of the live tests.
 //!
-//! `cargo run -p testguest --example cost -- TICK_MS`
+//! `cargo run -p testguest --example cost -- [TICK_MS [CPU]]`
 
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
@@ -24,6 +24,10 @@ fn main() -> Result<()> {
     let options = GuestOptions::new().deadline(Duration::from_secs(60));
     let options = match env::args().nth(1) {
         Some(tick) => options.tick_ms(tick.parse()?),
+        None => options,
+    };
+    let options = match env::args().nth(2) {
+        Some(cpu) => options.cpu(&cpu),
         None => options,
     };
     let guest = options.start()?;

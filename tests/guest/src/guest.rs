@@ -30,7 +30,7 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(5);
 
 /// How long a process that was killed may take to be gone.
-const DEATH: Duration = Duration::from_secs(30);
+const DEATH: Duration = Duration::from_secs(120);
 
 /// What a command in the guest's shell did.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::{runtime, time};
 
 /// How long another client of a socket is waited for.
-const GREETING: Duration = Duration::from_secs(60);
+const GREETING: Duration = Duration::from_secs(240);
 
 /// Runs `work` to its end.
 pub(crate) fn block_on<T: Send>(work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {

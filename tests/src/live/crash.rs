@@ -223,7 +223,7 @@ pub fn nothing(_: &mut Live) -> Result<()> {
 }
 
 fn wait_stopped(child: &mut Child) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     loop {
         if child.try_wait()?.is_some() {
             return Ok(());

@@ -233,7 +233,7 @@ fn socket_of_systemd_is_used_and_kept() -> Result<()> {
         command.stdout(std::process::Stdio::null()).spawn()
     };
     let mut child = start()?;
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(240);
     while Client::connect(&place.file("s")).is_err() {
         ensure!(Instant::now() < until && child.try_wait()?.is_none(), "the server does not answer");
         std::thread::sleep(Duration::from_millis(20));
