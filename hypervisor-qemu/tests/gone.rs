@@ -296,7 +296,7 @@ async fn hanging_qemu_is_an_error_in_time() -> Result<()> {
     let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
     let cut = kit::onto(&guest, &overlays);
     let begun = std::time::Instant::now();
-    let stopped = tokio::time::timeout(Duration::from_secs(240), async {
+    let stopped = tokio::time::timeout(Duration::from_secs(60), async {
         // Between the pause and the resume.
         cut.take(&machine, async || Ok(kill_process(pid, Signal::STOP)?)).await.map(drop)
     });
