@@ -224,9 +224,9 @@ pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
     !same && (!(temporary(before) && temporary(index)) || index.is_multiple_of(4))
 }
 
-/// Of instants that another suite tries too, one of so many is tried: `DOMSNAP_STRIKES_EVERY`, by default 2.
+/// Of instants that another suite tries too, one of so many is tried: `DOMSNAP_STRIKES_EVERY`, by default 3.
 pub fn sampled() -> usize {
-    usize::try_from(seed::from_env("DOMSNAP_STRIKES_EVERY", 2)).unwrap_or(1).max(1)
+    usize::try_from(seed::from_env("DOMSNAP_STRIKES_EVERY", 3)).unwrap_or(1).max(1)
 }
 
 /// Whether SQLite writes before it and after it too: frames of one transaction, or pages of one checkpoint.
@@ -311,13 +311,13 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
 }
 
 /// The power goes at each instant, with seeded losses. `DOMSNAP_POWER_SEED` moves the seeds,
-/// `DOMSNAP_POWER_CASES` says how many there are, by default 60.
+/// `DOMSNAP_POWER_CASES` says how many there are, by default 40.
 ///
 /// # Errors
 /// The first case that does not heal, with its instant and seed.
 pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
     let base = seed::from_env("DOMSNAP_POWER_SEED", 1);
-    let cases = seed::from_env("DOMSNAP_POWER_CASES", 60) as usize;
+    let cases = seed::from_env("DOMSNAP_POWER_CASES", 40) as usize;
     let record = |bench: &mut Bench| {
         // The copy that comes back has other inodes than the one that is recorded: so this is read first.
         let baseline = Baseline::read(&bench.domain.root().canonicalize()?)?;

@@ -52,7 +52,7 @@ fn step(live: &mut Live, number: u64, seed: &mut Seed, done: &mut Vec<String>) -
 #[test]
 fn random_operations_leave_every_snapshot_whole() -> Result<()> {
     let (number, operations) =
-        (from_env("DOMSNAP_LIVE_SEED", 20_261_123), from_env("DOMSNAP_LIVE_OPERATIONS", 30));
+        (from_env("DOMSNAP_LIVE_SEED", 20_261_123), from_env("DOMSNAP_LIVE_OPERATIONS", 20));
     let mut seed = Seed::new(number);
     let mut done = Vec::new();
     let mut live = Live::of(GuestOptions::new().disk_mib(48))?;

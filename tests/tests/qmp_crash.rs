@@ -199,9 +199,9 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
     })
 }
 
-/// Kills before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 6.
+/// Kills before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 8.
 fn inject(operation: &Operation) -> Result<()> {
-    let every = seed::from_env("DOMSNAP_LIVE_EVERY", 6).max(1) as usize;
+    let every = seed::from_env("DOMSNAP_LIVE_EVERY", 8).max(1) as usize;
     inject_where(operation, Machine::start()?, |place, _| place % every == 0)
 }
 

@@ -11,12 +11,12 @@ use crate::{qemu, seed, shim};
 
 /// SIGKILL before an operation, then the domain writes; SIGKILL before an operation of the recovery, then it
 /// writes again. After another recovery all of both must be somewhere: in the current state, or saved where
-/// that is of a revert. One of `DOMSNAP_TWICE_EVERY` pairs of instants is tried, by default of 24.
+/// that is of a revert. One of `DOMSNAP_TWICE_EVERY` pairs of instants is tried, by default of 36.
 ///
 /// # Errors
 /// The first pair of instants after which something is lost.
 pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
-    let every = seed::from_env("DOMSNAP_TWICE_EVERY", 24).max(1);
+    let every = seed::from_env("DOMSNAP_TWICE_EVERY", 36).max(1);
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
         let distinguished = (0..operations.len()).filter(|index| is_distinguished(&operations, *index));

@@ -45,7 +45,7 @@ pub struct Operation {
 }
 
 /// Kills at every `every`th step of `operation`, beginning with number `first`; at one of
-/// `DOMSNAP_LIVE_EVERY` of these, by default of 3.
+/// `DOMSNAP_LIVE_EVERY` of these, by default of 4.
 ///
 /// # Errors
 /// What is not as before the operation, nor as after it.
@@ -56,7 +56,7 @@ pub fn inject(
     first: usize,
     every: usize,
 ) -> Result<()> {
-    let every = every * usize::try_from(seed::from_env("DOMSNAP_LIVE_EVERY", 3))?.max(1);
+    let every = every * usize::try_from(seed::from_env("DOMSNAP_LIVE_EVERY", 4))?.max(1);
     let args = [&[operation.args[0], NAME], &operation.args[1..]].concat();
     (operation.again)(live).context("before the first")?;
     let (_outputs, file) = shim::outputs()?;

@@ -234,6 +234,7 @@ fn external() -> Result<()> {
     let mut ticks = vec![run.guest.ticks()?];
     let reported = run.logged(&["create", "DOMAIN", "s1", "--external"])?;
     ensure!(reported.out.contains("guest paused for"), "the pause is not reported: {}", reported.out);
+    println!("LOG {}", reported.err);
     report_pause(&reported.err)?;
     ticks.push(run.guest.ticks()?);
     for name in ["s2", "s3"] {
