@@ -9,6 +9,7 @@
 CARGO ?= cargo
 RELEASED := $(or $(CARGO_TARGET_DIR),target)/release/domsnap
 NEXTEST ?= $(CARGO) nextest run
+PYTHON := $(abspath $(or $(CARGO_TARGET_DIR),target)/python)
 
 # The message of a failed test says what it was about; a backtrace would not.
 export RUST_LIB_BACKTRACE = 0
@@ -16,7 +17,7 @@ export RUST_LIB_BACKTRACE = 0
 # Places for tests (.config/nextest.toml): each takes two or more of them.
 export NEXTEST_TEST_THREADS ?= $(shell expr 4 \* `nproc`)
 
-.PHONY: all build test test-all test-fast widths words bench demo ci deps qemu nextest under-test
+.PHONY: all build test test-all test-fast widths words bench demo ci deps qemu nextest python under-test
 
 all: build
 
@@ -40,8 +41,14 @@ nextest:
 under-test:
 	$(CARGO) build --workspace --locked --lib --bins --tests --examples
 
-test: deps qemu nextest under-test
-	$(NEXTEST) --workspace --locked
+# Where python3 is the script of a version manager, each start of a plug-in waits for that: the tests start
+# some thousand, so they get the interpreter itself.
+python: deps
+	mkdir -p $(PYTHON)
+	ln -sfn "$$(python3 -c 'import sys; print(sys.executable)')" $(PYTHON)/python3
+
+test: deps qemu nextest python under-test
+	PATH="$(PYTHON):$$PATH" $(NEXTEST) --workspace --locked
 	$(CARGO) test --workspace --locked --doc
 	@scripts/left-out
 
@@ -54,8 +61,8 @@ test-all: export DOMSNAP_LIVE_OPERATIONS = 200
 test-all: export DOMSNAP_POWER_CASES = 240
 test-all: export DOMSNAP_TEST_LVM_KIT = all
 test-all: export TESTKIT_EVERY = 1
-test-all: deps qemu nextest under-test
-	$(NEXTEST) --workspace --locked
+test-all: deps qemu nextest python under-test
+	PATH="$(PYTHON):$$PATH" $(NEXTEST) --workspace --locked
 	$(CARGO) test --workspace --locked --doc
 
 test-fast: deps qemu nextest under-test

@@ -494,14 +494,20 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
 }
 
 /// Stops a guest that stopped by itself and runs again. QEMU gives it its own state back when the migration
-/// is cancelled, but forgets that state where its own stop for the migration came first.
+/// is cancelled, but forgets that state where its own stop for the migration came first. Either takes a
+/// moment, so neither a guest that runs nor one that stands is believed at once.
 async fn keep_stopped(machine: &Machine, error: Error) -> Error {
     let until = Instant::now() + Duration::from_millis(200);
+    let mut runs = false;
     while Instant::now() < until {
         match machine.run_state().await {
-            Ok(state) if state.running => sleep(LOOK).await,
-            _ => return error,
+            Ok(state) => runs = state.running,
+            Err(_) => return error,
         }
+        sleep(LOOK).await;
+    }
+    if !runs {
+        return error;
     }
     let subject = machine.qmp().socket().display().to_string();
     match machine.run("keeping the guest stopped", &subject, "stop", Value::Null).await {
@@ -558,7 +564,10 @@ async fn copy(
             match is_stopped_by_another(machine, attempted).await {
                 Ok(true) => break true,
                 Ok(false) => {}
-                Err(error) => return Err(undo.all(error).await),
+                Err(error) => {
+                    let error = undo.all(error).await;
+                    return Err(keep_stopped(machine, error).await);
+                }
             }
         }
         let waited = begun.elapsed();

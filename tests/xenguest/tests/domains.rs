@@ -39,8 +39,9 @@ const CASES: &[TestCase] = &[
     ),
     TestCase::new(
         // One guest, to which nothing happens: an image that it has open is refused at rest; paused, its
-        // disks are taken and its memory is not; a memory image that was cut short, a config of another
-        // domain, a disk that is attached later are refused; a save that fills the disk is undone.
+        // disks are taken and its memory is not; a file that the kernel serves, a memory image that was cut
+        // short, a config of another domain, a disk that is attached later are refused; a save that fills the
+        // disk is undone.
         "what_cannot_be_done_is_refused_and_the_guest_goes_on",
         refusals,
     ),
@@ -53,8 +54,6 @@ const CASES: &[TestCase] = &[
         "xl_killed_with_its_domsnap",
         killed_with_xl,
     ),
-    // A plain file that the kernel serves is refused with advice on how to change that.
-    TestCase::new("kernel_served_file_is_refused", plain_file),
     // A served VHD is a disk of a guest, as docs/xen.md says, and a killed server costs it nothing.
     TestCase::new("served_vhd_is_a_disk_of_a_guest", served_vhd),
 ];
@@ -407,6 +406,7 @@ fn refusals() -> Result<()> {
     let mut run = Run::start("refused", &[Backend::Qcow2])?;
     // While nothing knows that the image is a domain's.
     open_elsewhere(&run).context("an image that is open elsewhere")?;
+    plain_file(&run).context("a file that the kernel serves")?;
     full_disk(&mut run).context("a full disk")?;
     paused(&run).context("a paused guest")?;
     truncated(&run).context("a memory image that was cut short")?;
@@ -769,8 +769,11 @@ fn open_elsewhere(run: &Run) -> Result<()> {
     Ok(())
 }
 
-fn plain_file() -> Result<()> {
-    let run = Run::start("plain", &[Backend::Qcow2, Backend::RawLoop])?;
+/// A plain file that the kernel serves, with advice on how to change that.
+fn plain_file(run: &Run) -> Result<()> {
+    let (file, name) = (run.guest.dir().join("plain.raw"), run.guest.name());
+    fs::File::create(&file)?.set_len(16 << 20)?;
+    xl(&["block-attach", name, &format!("format=raw,vdev=xvdd,access=rw,target={}", file.display())])?;
     run.refused(&["create", "DOMAIN", "s1"], 3, "backendtype=qdisk")?;
     let scanned = run.ok(&["domain", "scan"])?;
     ensure!(
@@ -778,10 +781,9 @@ fn plain_file() -> Result<()> {
         "the scan does not say it: {scanned}"
     );
     ensure!(!scanned.contains("qemu:"), "the server of its disks is shown as a domain: {scanned}");
-    ensure!(run.files()? == ["xvda.qcow2", "xvdb.raw"], "left behind: {:?}", run.files()?);
-    run.ok(&["create", "DOMAIN", "without", "--disk-only", "--disk", "xvdb=skip"])?;
-    let shown = run.ok(&["show", "DOMAIN", "without"])?;
-    ensure!(shown.contains("xvdb") && shown.contains("skipped"), "the record does not say it: {shown}");
+    ensure!(run.files()? == ["plain.raw", "xvda.qcow2"], "left behind: {:?}", run.files()?);
+    xl(&["block-detach", name, "xvdd"])?;
+    fs::remove_file(file)?;
     run.guest.expect_no_bad()
 }
 
@@ -794,6 +796,8 @@ fn attached_later(run: &Run) -> Result<()> {
     xl(&["block-attach", name, &format!("format=qcow2,vdev=xvdc,access=rw,target={image}")])?;
     run.refused(&["create", "DOMAIN", "s2"], 3, "xvdc")?;
     run.ok(&["create", "DOMAIN", "s2", "--disk-only", "--disk", "xvdc=skip"])?;
+    let shown = run.ok(&["show", "DOMAIN", "s2"])?;
+    ensure!(shown.contains("xvdc") && shown.contains("skipped"), "the record does not say it: {shown}");
     run.ok(&["domain", "disk", "add", "DOMAIN", &format!("xvdc={image},format=qcow2")])?;
     run.ok(&["create", "DOMAIN", "s3", "--disk-only", "--external"])?;
     let shown = run.ok(&["show", "DOMAIN", "s3", "--json"])?;
