@@ -100,14 +100,21 @@ impl Discovery {
         let abilities = machine.abilities().await?.clone();
         let process = Process::read(machine);
         let graph = machine.graph().await?;
-        let name = optional(machine, "query-name").await?["name"].as_str().map(str::to_owned);
-        let uuid = optional(machine, "query-uuid").await?["UUID"].as_str().map(str::to_owned);
-        let memory = machine.query("query-memory-size-summary", Value::Null).await?;
-        let kind = property(machine, "/machine", "type").await?;
+        // None depends on another's answer: QEMU has the next one when it has answered the last.
+        let (name, uuid, memory, kind, cpu, devices, tpms) = tokio::try_join!(
+            optional(machine, "query-name"),
+            optional(machine, "query-uuid"),
+            machine.query("query-memory-size-summary", Value::Null),
+            property(machine, "/machine", "type"),
+            cpu(machine, &process),
+            devices::devices(machine),
+            optional(machine, "query-tpm"),
+        )?;
+        let name = name["name"].as_str().map(str::to_owned);
+        let uuid = uuid["UUID"].as_str().map(str::to_owned);
         let kind = kind.as_str().ok_or_else(|| machine.odd("qom-get", &kind))?;
         let mut drives = devices::drives(&graph);
         devices::ask_for_copies_on_read(machine, &graph, &process, &mut drives).await?;
-        let devices = devices::devices(machine).await?;
         let shared = shared::shared(machine, &process, &devices).await?;
         Ok(Self {
             name,
@@ -115,7 +122,7 @@ impl Discovery {
             version: machine.qmp().greeting().version,
             state,
             machine: kind.strip_suffix("-machine").unwrap_or(kind).to_owned(),
-            cpu: cpu(machine, &process).await?,
+            cpu,
             memory: Memory {
                 base: memory["base-memory"]
                     .as_u64()
@@ -126,7 +133,7 @@ impl Discovery {
             mapped: shared.in_memory,
             devices,
             drives,
-            tpms: tpms(&optional(machine, "query-tpm").await?),
+            tpms: self::tpms(&tpms),
             process,
             abilities,
         })

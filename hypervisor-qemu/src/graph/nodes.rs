@@ -178,9 +178,12 @@ impl Graph {
     /// [`ErrorKind::Invalid`] if another program has a concluded stream job.
     pub async fn read(machine: &Machine) -> Result<Self> {
         jobs::dismiss_streams(machine).await?;
-        let listed = machine.query("query-named-block-nodes", json!({ "flat": true })).await?;
-        let graph = machine.query("x-debug-query-block-graph", Value::Null).await?;
-        let drives = machine.query("query-block", Value::Null).await?;
+        // All three at once: QEMU answers them one after the other, and nobody waits for each on its own.
+        let (listed, graph, drives) = tokio::try_join!(
+            machine.query("query-named-block-nodes", json!({ "flat": true })),
+            machine.query("x-debug-query-block-graph", Value::Null),
+            machine.query("query-block", Value::Null),
+        )?;
         let nodes = all(&listed, node).ok_or_else(|| machine.odd("query-named-block-nodes", &listed))?;
         let edges = edges(&graph).ok_or_else(|| machine.odd("x-debug-query-block-graph", &graph))?;
         let drives = drives.as_array().ok_or_else(|| machine.odd("query-block", &drives))?.clone();
