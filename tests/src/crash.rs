@@ -242,9 +242,9 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         let distinguished = |index: &usize| every || is_distinguished(&operations, *index);
         let instants =
             (0..operations.len()).filter(distinguished).map(|index| (operations[index].number, false));
-        // What is half written in SQLite's log fails its checksum: the same as not written; a page that is half
-        // written by a checkpoint is in the log. A temporary file with half of a write is one with less in it,
-        // as above.
+        // What is half written in SQLite's log fails its checksum: the same as not written; a page that is
+        // half written by a checkpoint is in the log. A temporary file with half of a write is one with less
+        // in it, as above.
         let torn = operations.iter().filter(|o| {
             let is_own = !o.is_of_the_catalogue() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
             !write && o.can_tear() && (every || is_own)

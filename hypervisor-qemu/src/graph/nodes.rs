@@ -178,7 +178,7 @@ impl Graph {
     /// [`ErrorKind::Invalid`] if another program has a concluded stream job.
     pub async fn read(machine: &Machine) -> Result<Self> {
         jobs::dismiss_streams(machine).await?;
-        // All three at once: QEMU answers them one after the other, and nobody waits for each on its own.
+        // All three at once: QEMU answers them one after the other, without a turn of ours in between.
         let (listed, graph, drives) = tokio::try_join!(
             machine.query("query-named-block-nodes", json!({ "flat": true })),
             machine.query("x-debug-query-block-graph", Value::Null),

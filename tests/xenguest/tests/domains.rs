@@ -32,8 +32,8 @@ const CASES: &[TestCase] = &[
     TestCase::new("memory_images_and_volumes_are_of_one_instant", mixed),
     TestCase::new(
         // A revert whose domain cannot be made brings the previous guest back; who takes the name of a domain
-        // that is reverted is not touched, and the previous guest waits; a domain that is off is started where
-        // its snapshot was and its snapshots are deleted.
+        // that is reverted is not touched, and the previous guest waits; a domain that is off is started
+        // where its snapshot was and its snapshots are deleted.
         "domain_that_is_not_made_comes_back_and_one_that_is_off_starts",
         away,
     ),

@@ -77,8 +77,8 @@ fn three_points(sort: Sort) -> Result<(Volume, String)> {
 }
 
 /// Three points of one volume: a dry run, a volume that is open and the clone of a thick one change nothing;
-/// each point is reverted to, again and again; a revert keeps the current state; any point is deleted, and the
-/// others stay.
+/// each point is reverted to, again and again; a revert keeps the current state; any point is deleted, and
+/// the others stay.
 fn points_are_reverted_to_and_deleted(sort: Sort) -> Result<()> {
     let (_, path) = three_points(sort)?;
     a_dry_run_does_nothing(&path)?;
