@@ -246,7 +246,8 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         // half written by a checkpoint is in the log. A temporary file with half of a write is one with less
         // in it, as above.
         let torn = operations.iter().filter(|o| {
-            let is_own = !o.is_of_the_catalogue() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
+            let is_own =
+                !o.is_of_the_catalogue() && (!o.is_within_a_temporary() || o.number.is_multiple_of(4));
             !write && o.can_tear() && (every || is_own)
         });
         let instants = instants.chain(torn.map(|o| (o.number, true)));

@@ -223,8 +223,8 @@ impl Machine {
         let mut qemu = preferred("qemu-system-x86_64");
         qemu.env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // One processor: with two, an emulated kernel spends a third of its time on their agreement. A plain
-        // one: with all that QEMU can emulate (five levels of page tables, protection of pages from the kernel,
-        // wide vectors) the same work takes an eighth longer.
+        // one: with all that QEMU can emulate (five levels of page tables, protection of pages from the
+        // kernel, wide vectors) the same work takes an eighth longer.
         qemu.args(["-machine", "pc", "-accel", "tcg", "-cpu", "qemu64,+rdrand", "-smp", "1"]);
         qemu.arg("-m").arg(self.memory_mib.to_string());
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
