@@ -37,7 +37,7 @@ impl Planner<'_> {
     /// Returns the snapshot `id` if the domain's policy prunes it at the time `now`. It may have been held,
     /// reverted to or cloned since it was looked at, or the policy may have changed.
     pub(super) fn require_pruned(&self, id: SnapshotId, now: Timestamp) -> Result<SnapshotId> {
-        let review = review(self.domain, self.tree, self.disks, now)?;
+        let review = review(self.domain, self.tree, self.disks, now, false)?;
         let found = review.snapshots.iter().find(|snapshot| snapshot.id == id);
         let why = match found {
             Some(snapshot) if snapshot.prune.is_some() => return Ok(id),

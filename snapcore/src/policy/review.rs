@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::period::is_due;
 use super::retention::{Candidate, KeepReason, PruneReason, Verdict, decide};
-use super::spec::{Policy, PolicyId};
+use super::spec::{Policy, PolicyId, Span};
 use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{DomainName, SnapshotName};
@@ -44,6 +44,9 @@ pub struct PolicyReview {
     pub snapshots: Vec<ReviewedSnapshot>,
     /// Snapshots of the policy that are dated in the future: the clock was set back.
     pub future: Vec<SnapshotName>,
+    /// The name of the snapshot that would be taken before, where one is due and `snapshots` counts it. It
+    /// is not among them.
+    pub planned: Option<SnapshotName>,
 }
 
 impl PolicyReview {
@@ -84,6 +87,20 @@ pub(crate) fn policy_of(domain: &Domain) -> Result<&Policy> {
     })
 }
 
+/// Returns `wanted`, or with a number after it where a snapshot has that name.
+///
+/// # Errors
+/// [`ErrorKind::Exists`] where so many names are taken that none was found.
+fn free_name(wanted: &SnapshotName, tree: &SnapshotTree) -> Result<SnapshotName> {
+    let is_free = |name: &SnapshotName| !tree.iter().any(|snapshot| snapshot.name == *name);
+    let numbered = (2..1000_u32).filter_map(|number| SnapshotName::new(format!("{wanted}-{number}")).ok());
+    std::iter::once(wanted.clone()).chain(numbered).find(is_free).ok_or_else(|| {
+        Error::new(ErrorKind::Exists, format!("there is a snapshot {wanted} already, and many like it"))
+            .state("no changes made")
+            .advise("give the policy another `name`")
+    })
+}
+
 /// The snapshot of the policy `id` because of which none is due at `now`: the newest of this period.
 ///
 /// # Errors
@@ -111,7 +128,8 @@ pub(crate) fn newest_of(tree: &SnapshotTree, id: PolicyId) -> Option<&Snapshot> 
     own(tree, id).last()
 }
 
-/// Applies the policy of `domain`, whose disks are `disks`, at the time `now`.
+/// Applies the policy of `domain`, whose disks are `disks`, at the time `now`. With `planned`, as if a
+/// snapshot that is due had been taken before.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] where it has none; the errors of a policy that this machine cannot follow.
@@ -120,8 +138,14 @@ pub(crate) fn review(
     tree: &SnapshotTree,
     disks: &[DiskInput],
     now: Timestamp,
+    planned: bool,
 ) -> Result<PolicyReview> {
     let policy = policy_of(domain)?;
+    let has = has_of_period(domain, tree, policy.id, now)?;
+    let planned = match planned && has.is_none() {
+        true => Some(free_name(&policy.name_at(now)?, tree)?),
+        false => None,
+    };
     let is_cloned = |snapshot: &Snapshot| {
         disks.iter().any(|disk| {
             let member = snapshot.point(&disk.record.disk.target);
@@ -132,7 +156,7 @@ pub(crate) fn review(
                 .is_some_and(|layer| !layer.dependents.is_empty())
         })
     };
-    let candidates: Vec<Candidate> = tree
+    let mut candidates: Vec<Candidate> = tree
         .taken()
         .map(|snapshot| {
             let own = snapshot.policy == Some(policy.id);
@@ -140,10 +164,15 @@ pub(crate) fn review(
                 .own(own)
                 .held(own && snapshot.active_holds(now).next().is_some())
                 .cloned(own && is_cloned(snapshot))
-                .current(domain.current == Some(snapshot.id))
+                .current(planned.is_none() && domain.current == Some(snapshot.id))
                 .expires(snapshot.expires)
         })
         .collect();
+    if planned.is_some() {
+        let newest = newest_of(tree, policy.id).map(|newest| Span::of_seconds(1).after(newest.created));
+        let created = newest.map_or(now, |newest| newest.max(now));
+        candidates.push(Candidate::new(SnapshotId::fresh(), created).own(true).current(true));
+    }
     let verdicts = decide(&policy.spec.rules(), &policy.spec.zone()?, now, &candidates);
     let snapshots = tree.taken().zip(verdicts).map(|(snapshot, verdict)| {
         let (keep, prune) = match verdict {
@@ -162,8 +191,9 @@ pub(crate) fn review(
     Ok(PolicyReview {
         domain: domain.name.clone(),
         policy: policy.clone(),
-        has: has_of_period(domain, tree, policy.id, now)?,
+        has,
         snapshots: snapshots.collect(),
         future: future.map(|snapshot| snapshot.name.clone()).collect(),
+        planned,
     })
 }

@@ -63,6 +63,12 @@ impl Domsnap {
         importer::free_name(&SnapshotName::of_time(Timestamp::now())?, &listing.snapshots)
     }
 
+    /// Returns `wanted`, or with a number after it where a snapshot of `domain` has that name.
+    pub async fn free_name(&self, domain: &DomainRef, wanted: &SnapshotName) -> Result<SnapshotName> {
+        let listing = self.list(domain).await?;
+        importer::free_name(wanted, &listing.snapshots)
+    }
+
     /// Registers a domain: imports its disks, with the snapshots that manifests beside them describe and the
     /// internal ones of their active images. Images that were used by their paths before keep their
     /// snapshots.
@@ -386,7 +392,7 @@ impl Domsnap {
     }
 
     /// What a run of the domain's policy would do now: if a snapshot is due, and of each snapshot if it stays
-    /// and why. Changes nothing.
+    /// and why. With `planned`, a snapshot that is due counts as taken. Changes nothing.
     ///
     /// A run is: [`Domsnap::create`] with [`CreateRequest::policy`], then for each snapshot that is pruned,
     /// oldest first, [`Domsnap::delete`] with [`DeleteRequest::pruning`]. Both decide again under the
@@ -395,11 +401,11 @@ impl Domsnap {
     /// # Errors
     /// [`ErrorKind::NotFound`] for a domain without a policy; [`ErrorKind::NeedsRecovery`] where an operation
     /// was interrupted; the errors of [`Domsnap::plan`].
-    pub async fn policy_review(&self, domain: &DomainRef) -> Result<PolicyReview> {
+    pub async fn policy_review(&self, domain: &DomainRef, planned: bool) -> Result<PolicyReview> {
         let located = self.rooms.locator.locate(domain).await?;
         self.refuse_interrupted(&located.entry.domain.name).await?;
         let live = self.rooms.locator.connect(&located.entry.domain).await?;
-        self.rooms.planning.review(&located.entry, live.as_ref(), Timestamp::now()).await
+        self.rooms.planning.review(&located.entry, live.as_ref(), Timestamp::now(), planned).await
     }
 
     /// Waits for no other run of the domain's policy: locks it, so that its commands run once. Operations on

@@ -85,18 +85,20 @@ impl Planning {
         Ok(plan)
     }
 
-    /// What a run of the domain's policy would do at the time `now`.
+    /// What a run of the domain's policy would do at the time `now`; with `planned`, after it has taken a
+    /// snapshot that is due.
     pub(super) async fn review(
         &self,
         entry: &Entry,
         live: Option<&Live>,
         now: Timestamp,
+        planned: bool,
     ) -> Result<PolicyReview> {
         // Without a policy, no image needs to be read.
         crate::policy::policy_of(&entry.domain)?;
         let request = Request::Delete(DeleteRequest::new(Vec::new()));
         let (disks, _) = self.disks_for(entry, live, &request, InspectDepth::Dependents).await?;
-        crate::policy::review(&entry.domain, &entry.tree, &disks, now)
+        crate::policy::review(&entry.domain, &entry.tree, &disks, now, planned)
     }
 
     /// Reads the disks that take part in `request`. Returns notes on the others too.
