@@ -9,9 +9,9 @@ use snapcore::{ActivePath, Disk, DiskAddress, DomainName, Error, ErrorKind, Hype
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
 /// hypervisor a `[control]` with the key of its address and what else applies to its domains, a `[[disk]]`
-/// with `target`, `path` and `format` for each disk, and perhaps a `[policy]`. Relative paths are taken from `directory`.
-/// With a `[control]` there may be no disk: then the running domain is to be asked for them before it is
-/// registered.
+/// with `target`, `path` and `format` for each disk, and perhaps a `[policy]`. Relative paths are taken from
+/// `directory`. With a `[control]` there may be no disk: then the running domain is to be asked for them
+/// before it is registered.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`], with the line and what was expected there.
@@ -41,8 +41,8 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
     }
     let wrong = |cause: toml::de::Error| {
         Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-            "it has name, hypervisor, active-path, for a hypervisor a [control], one [[disk]] with target, path and format a \
-             disk, and perhaps a [policy]",
+            "it has name, hypervisor, active-path, for a hypervisor a [control], one [[disk]] with target, path \
+             and format a disk, and perhaps a [policy]",
         )
     };
     let file: File = toml::from_str(text).map_err(wrong)?;

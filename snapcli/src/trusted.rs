@@ -7,8 +7,8 @@ use snapcore::{Error, ErrorKind, Result, shell_command};
 const MOST_LINKS: usize = 40;
 
 /// Refuses the file at `path` if a user other than root and the one who runs this program could replace it,
-/// write it, or change the way to it. `what` names it: "the program of the hook". `danger` says what that user
-/// could do: "have any program run".
+/// write it, or change the way to it. `what` names it: "the program of the hook". `danger` says what that
+/// user could do: "have any program run".
 ///
 /// # Errors
 /// [`ErrorKind::Refused`], with the place and the command that closes it; [`ErrorKind::NotFound`] and
@@ -25,7 +25,9 @@ pub fn require_own(path: &Utf8Path, what: &str, danger: &str) -> Result<()> {
     if let Some(link) = foreign_link(path, MOST_LINKS).map_err(failed)? {
         return Err(Error::new(
             ErrorKind::Refused,
-            format!("{what} {path} is reached by the link {link}, which others can replace: they could {danger}"),
+            format!(
+                "{what} {path} is reached by the link {link}, which others can replace: they could {danger}"
+            ),
         )
         .state("no changes made")
         .advise("name the file itself, or move the link to a directory that only root can write"));

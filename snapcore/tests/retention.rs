@@ -63,7 +63,7 @@ fn calendars() -> impl Strategy<Value = Calendar> {
         Just(9 * 86_400),
         Just(40 * 86_400)
     ];
-    // Part of the step in percent; own, held, cloned; days until it expires; whether a long pause precedes it.
+    // Part of the step in percent; own, held, cloned; days until it expires; a long pause before it.
     let one = (
         0_i64..200,
         prop::bool::weighted(0.85),
@@ -82,23 +82,30 @@ fn calendars() -> impl Strategy<Value = Calendar> {
         prop_oneof![Just(0_i64), Just(3_600), Just(30 * 3_600), Just(1_000 * 3_600), Just(-100_000)],
         any::<prop::sample::Index>(),
     )
-        .prop_map(|(zone, near, step, all, (last, hourly, daily, weekly, monthly, yearly), age, later, current)| {
-            let mut second = NEAR[near].parse::<Timestamp>().unwrap().as_second();
-            let mut snapshots = Vec::new();
-            for (number, (part, own, held, cloned, expires, pause)) in all.into_iter().enumerate() {
-                second += if pause { step * 20 } else { step * part / 100 };
-                let expires = expires.map(|days| at(second + days * 86_400));
-                let one = Candidate::new(id(number), at(second)).own(own).held(held).cloned(cloned);
-                snapshots.push(one.expires(expires));
-            }
-            if !snapshots.is_empty() {
-                let current = current.index(snapshots.len());
-                snapshots[current].current = true;
-            }
-            let rules = Rules::default().last(last).hourly(hourly).daily(daily).weekly(weekly);
-            let rules = rules.monthly(monthly).yearly(yearly).min_age(age.map(Span::of_seconds));
-            Calendar { snapshots, rules, zone: TimeZone::get(ZONES[zone]).unwrap(), now: at(second + later) }
-        })
+        .prop_map(
+            |(zone, near, step, all, (last, hourly, daily, weekly, monthly, yearly), age, later, current)| {
+                let mut second = NEAR[near].parse::<Timestamp>().unwrap().as_second();
+                let mut snapshots = Vec::new();
+                for (number, (part, own, held, cloned, expires, pause)) in all.into_iter().enumerate() {
+                    second += if pause { step * 20 } else { step * part / 100 };
+                    let expires = expires.map(|days| at(second + days * 86_400));
+                    let one = Candidate::new(id(number), at(second)).own(own).held(held).cloned(cloned);
+                    snapshots.push(one.expires(expires));
+                }
+                if !snapshots.is_empty() {
+                    let current = current.index(snapshots.len());
+                    snapshots[current].current = true;
+                }
+                let rules = Rules::default().last(last).hourly(hourly).daily(daily).weekly(weekly);
+                let rules = rules.monthly(monthly).yearly(yearly).min_age(age.map(Span::of_seconds));
+                Calendar {
+                    snapshots,
+                    rules,
+                    zone: TimeZone::get(ZONES[zone]).unwrap(),
+                    now: at(second + later),
+                }
+            },
+        )
 }
 
 /// What the rules prune.
@@ -142,7 +149,9 @@ fn model(snapshots: &[Candidate], rules: &Rules, now: Timestamp, zone: &TimeZone
     if sum == [0; 6] {
         stay.extend(counted.iter().map(|one| one.id));
     }
-    stay.extend(snapshots.iter().filter(|one| one.own).max_by_key(|one| (one.created, one.id)).map(|one| one.id));
+    stay.extend(
+        snapshots.iter().filter(|one| one.own).max_by_key(|one| (one.created, one.id)).map(|one| one.id),
+    );
     snapshots.iter().map(|one| one.id).filter(|id| !stay.contains(id)).collect()
 }
 

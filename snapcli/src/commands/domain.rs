@@ -128,7 +128,9 @@ pub fn read_file(session: &Session, file: &Utf8Path) -> Result<DomainSpec, Failu
     let mut text = String::new();
     opened.take(MAX_FILE + 1).read_to_string(&mut text).map_err(said)?;
     if text.len() as u64 > MAX_FILE {
-        return Err(Error::new(ErrorKind::Usage, format!("the domain file {file} has more than 1 MiB")).into());
+        return Err(
+            Error::new(ErrorKind::Usage, format!("the domain file {file} has more than 1 MiB")).into()
+        );
     }
     let directory = file.parent().unwrap_or(Utf8Path::new("/"));
     let spec = domain_file::read(&text, directory, session.service.registry())

@@ -41,8 +41,7 @@ impl Every {
     /// is set back, is two periods. A day with such an hour is one period.
     pub(super) fn period(self, moment: Timestamp, zone: &TimeZone) -> Period {
         let local = moment.to_zoned(zone.clone());
-        let (year, month, day) =
-            (i32::from(local.year()), i32::from(local.month()), i32::from(local.day()));
+        let (year, month, day) = (i32::from(local.year()), i32::from(local.month()), i32::from(local.day()));
         let date = (year * 16 + month) * 32 + day;
         let (hour, minute) = (i32::from(local.hour()), i32::from(local.minute()));
         let offset = local.offset().seconds();

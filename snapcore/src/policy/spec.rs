@@ -326,7 +326,10 @@ impl PolicySpec {
             check_hook(which, command)?;
         }
         if self.hook_limit().seconds > MAX_HOOK_LIMIT {
-            return wrong("a hook could run for more than a day".to_owned(), "give hook-limit = \"24h\" at most");
+            return wrong(
+                "a hook could run for more than a day".to_owned(),
+                "give hook-limit = \"24h\" at most",
+            );
         }
         Ok(())
     }
@@ -346,8 +349,9 @@ fn check_hook(which: &str, command: &[String]) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::new(ErrorKind::Usage, format!("the policy's command {which} cannot be run: {why}"))
-        .advise(format!("write it as {which} = [\"/usr/local/sbin/PROGRAM\", \"ARGUMENT\"]; no shell reads it")))
+    Err(Error::new(ErrorKind::Usage, format!("the policy's command {which} cannot be run: {why}")).advise(
+        format!("write it as {which} = [\"/usr/local/sbin/PROGRAM\", \"ARGUMENT\"]; no shell reads it"),
+    ))
 }
 
 /// The policy of a domain.
@@ -366,8 +370,8 @@ impl Policy {
         Self { id, spec }
     }
 
-    /// The name of a snapshot that is taken at `moment`: the beginning that the policy says, and the second in
-    /// its zone.
+    /// The name of a snapshot that is taken at `moment`: the beginning that the policy says, and the second
+    /// in its zone.
     ///
     /// # Errors
     /// The errors of [`PolicySpec::zone`].
@@ -399,7 +403,10 @@ mod tests {
             assert_eq!(bad.parse::<Span>().unwrap_err().kind(), ErrorKind::Usage, "{bad:?}");
         }
         let end = Span::of_seconds(u64::MAX).after(Timestamp::MAX);
-        assert_eq!((end, Span::of_seconds(u64::MAX).before(Timestamp::MIN)), (Timestamp::MAX, Timestamp::MIN));
+        assert_eq!(
+            (end, Span::of_seconds(u64::MAX).before(Timestamp::MIN)),
+            (Timestamp::MAX, Timestamp::MIN)
+        );
     }
 
     /// The shortest period of a rule says how often, unless the policy says it.

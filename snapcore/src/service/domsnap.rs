@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use super::rooms::{Rooms, to_the_end};
 use super::{
     Belonging, ComparedDisk, Details, DiffReport, DiffRequest, DiskReport, DomainRef, DomainSpec,
-    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation,
-    PolicyChange, RecoveryReport, Removal, Scanned, images, importer,
+    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation, PolicyChange,
+    RecoveryReport, Removal, Scanned, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;

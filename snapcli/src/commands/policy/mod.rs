@@ -1,10 +1,10 @@
 //! `domsnap policy`: snapshots that are taken by a schedule, and which of them are kept.
 //!
-//! **A run.** 1) The policy is locked, so that its commands run once. 2) An interrupted operation is recovered.
-//! 3) If a snapshot is due: the command `before`, the snapshot, the command `after`. If one of them fails,
-//! nothing is pruned. 4) What no rule keeps is deleted, oldest first, each in an operation of its own, and the
-//! rules decide again under the domain's lock. A failure ends the run. So a kill at any place leaves an operation
-//! that is recovered, or nothing, and the next run goes on.
+//! **A run.** 1) The policy is locked, so that its commands run once. 2) An interrupted operation is
+//! recovered. 3) If a snapshot is due: the command `before`, the snapshot, the command `after`. If one of them
+//! fails, nothing is pruned. 4) What no rule keeps is deleted, oldest first, each in an operation of its own,
+//! and the rules decide again under the domain's lock. A failure ends the run. So a kill at any place leaves
+//! an operation that is recovered, or nothing, and the next run goes on.
 
 mod hook;
 mod program;
@@ -13,11 +13,11 @@ mod units;
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use snapcore::hypervisor::Quiesce;
 use snapcore::policy::{Kind, PolicyReview, PolicySpec, Quiescing};
 use snapcore::service::{
     CreateDisk, CreateRequest, DeleteRequest, DomainRef, Listing, PolicyChange, UndoRequest,
 };
-use snapcore::hypervisor::Quiesce;
 use snapcore::{DomainName, Error, ErrorKind, SnapshotName};
 
 use crate::answer::Answer;
@@ -119,7 +119,12 @@ fn give_up_undo(
 }
 
 /// Takes the snapshot that is due, between the policy's commands.
-fn take(session: &Session, domain: &DomainRef, review: &PolicyReview, done: &mut Done) -> Result<(), Failure> {
+fn take(
+    session: &Session,
+    domain: &DomainRef,
+    review: &PolicyReview,
+    done: &mut Done,
+) -> Result<(), Failure> {
     let policy = &review.policy;
     let refused = |error| done.end(Failure::of(error, false), "nothing was pruned");
     let name = policy.name_at(Timestamp::now()).map_err(refused)?;
@@ -365,7 +370,11 @@ fn install_text(document: &PolicyInstallDoc) -> String {
     text.push_str(&rules_text(&document.spec));
     for unit in &document.units {
         match document.dry_run {
-            true => text.push_str(&format!("would write {}:\n{}", unit.path, crate::table::indent(&unit.text, "  "))),
+            true => text.push_str(&format!(
+                "would write {}:\n{}",
+                unit.path,
+                crate::table::indent(&unit.text, "  ")
+            )),
             false => text.push_str(&format!("wrote {}\n", unit.path)),
         }
     }
@@ -432,9 +441,10 @@ fn remove(session: &Session, args: &PolicyRemove) -> Result<Answer, Failure> {
         (None, _) => return Err(Error::new(ErrorKind::Internal, "the domain has no name").into()),
     };
     let policy = listing.as_ref().and_then(|listing| listing.domain.policy.clone());
-    let own = listing.iter().flat_map(|listing| &listing.snapshots).filter(|snapshot| {
-        policy.as_ref().is_some_and(|policy| snapshot.policy == Some(policy.id))
-    });
+    let own = listing
+        .iter()
+        .flat_map(|listing| &listing.snapshots)
+        .filter(|snapshot| policy.as_ref().is_some_and(|policy| snapshot.policy == Some(policy.id)));
     let snapshots = own.map(|snapshot| snapshot.name.clone()).collect();
     // Without systemd there is no timer, unless the user says where.
     let units = match &place {
@@ -446,7 +456,8 @@ fn remove(session: &Session, args: &PolicyRemove) -> Result<Answer, Failure> {
     if args.dry_run {
         return Ok(session.reported(document, remove_text));
     }
-    // The timer goes first: a crash after it leaves a policy that nothing runs, and this command can be repeated.
+    // The timer goes first: a crash after it leaves a policy that nothing runs, and this command can be
+    // repeated.
     if listing.is_some() {
         let _turn = session.ask(session.service.policy_turn(&args.domain)).map_err(Failure::of_plan)?;
         if let Ok(place) = &place {
@@ -504,7 +515,9 @@ fn show(session: &Session, args: &PolicyShow) -> Result<Answer, Failure> {
         let spec = &document.policy.spec;
         let mut text = format!("policy of {}\n{}", document.domain, rules_text(spec));
         let newest = match document.newest {
-            Some(newest) => format!("{}, the newest {}", document.snapshots.len(), shown::time(newest, &zone_of(spec))),
+            Some(newest) => {
+                format!("{}, the newest {}", document.snapshots.len(), shown::time(newest, &zone_of(spec)))
+            }
             None => "none yet".to_owned(),
         };
         let timer = document.timer.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);

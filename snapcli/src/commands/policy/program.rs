@@ -1,5 +1,5 @@
-//! Programs that a policy runs: its hooks, and systemd's own. Each gets an empty input, a small environment and
-//! a time limit, and its output is kept for the error.
+//! Programs that a policy runs: its hooks, and systemd's own. Each gets an empty input, a small environment
+//! and a time limit, and its output is kept for the error.
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -18,8 +18,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Time that a program has between SIGTERM and SIGKILL.
 const TO_END: Duration = Duration::from_secs(5);
 
-/// Time for which the output of a program that has ended is waited for. A process that it started may keep the
-/// output open for ever.
+/// Time for which the output of a program that has ended is waited for. A process that it started may keep
+/// the output open for ever.
 const TO_READ: Duration = Duration::from_millis(200);
 
 /// The most bytes of a program's output that an error has: its last ones.
@@ -85,7 +85,9 @@ impl Program<'_> {
                 let limit = self.limit.as_secs();
                 (ErrorKind::Refused, format!("did not end within {limit} s, and was ended"))
             }
-            Some(End::Cancelled) => (ErrorKind::Cancelled, "was ended, because domsnap was interrupted".into()),
+            Some(End::Cancelled) => {
+                (ErrorKind::Cancelled, "was ended, because domsnap was interrupted".into())
+            }
         };
         Err(Error::new(kind, format!("{} {why}: {shown}{last}", self.what)))
     }
@@ -210,8 +212,8 @@ mod tests {
         assert!(error.to_string().contains("cannot be run"), "{error}");
     }
 
-    /// At its limit a program is ended with all of its group. One that left its group's output open to another
-    /// process is not waited for.
+    /// At its limit a program is ended with all of its group. One that left its output open to another process
+    /// is not waited for.
     #[test]
     fn limit_ends_the_group() {
         let place = tempfile::tempdir().unwrap();

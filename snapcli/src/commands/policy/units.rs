@@ -1,8 +1,8 @@
 //! The units of systemd that run a domain's policy: a service, and the timer that starts it.
 //!
-//! **Order.** The service is durable before the timer, and systemd reads them when both are. A crash in between
-//! leaves a service that nothing starts, and the next `policy install` writes it again. A removal goes the other
-//! way: systemd forgets the timer, then the files go, the timer first.
+//! **Order.** The service is durable before the timer, and systemd reads them when both are. A crash in
+//! between leaves a service that nothing starts, and the next `policy install` writes it again. A removal has
+//! the other order: systemd forgets the timer, then the files go, the timer first.
 //!
 //! A file of the same name that `policy install` did not write is never overwritten or removed, nor is one of
 //! another state directory's domain.
@@ -143,11 +143,12 @@ impl Place {
         policy: &Policy,
     ) -> Result<Vec<(Utf8PathBuf, String)>> {
         let command = command(session, &self.state_dir, domain)?;
-        let mut words = Vec::new();
+        let mut arguments = Vec::new();
         for word in &command {
-            words.push(quoted(word)?);
+            arguments.push(quoted(word)?);
         }
-        let head = format!("{MARK}{domain}`; `domsnap policy remove {domain}` removes it.\n{}\n", self.state_line());
+        let head =
+            format!("{MARK}{domain}`; `domsnap policy remove {domain}` removes it.\n{}\n", self.state_line());
         let service = format!(
             "{head}[Unit]\n\
              Description=domsnap: the policy of domain {domain}\n\
@@ -156,14 +157,14 @@ impl Place {
              \n\
              [Service]\n\
              Type=oneshot\n\
-             ExecStart={words}\n\
+             ExecStart={arguments}\n\
              # An interrupted operation is rolled back: domsnap gets the signal, and time.\n\
              KillMode=mixed\n\
              TimeoutStopSec=15min\n\
              Nice=10\n\
              IOSchedulingClass=idle\n",
             state = quoted(self.state_dir.as_str())?,
-            words = words.join(" "),
+            arguments = arguments.join(" "),
         );
         let every = policy.spec.every()?;
         let delay = match every {
@@ -190,9 +191,14 @@ impl Place {
     }
 
     /// Writes `units`, and has systemd use them.
-    pub fn install(&self, session: &Session, units: &[(Utf8PathBuf, String)]) -> std::result::Result<(), Failure> {
+    pub fn install(
+        &self,
+        session: &Session,
+        units: &[(Utf8PathBuf, String)],
+    ) -> std::result::Result<(), Failure> {
         self.write(units)?;
-        let timer = units.iter().find_map(|(path, _)| path.file_name().filter(|name| name.ends_with(".timer")));
+        let timer =
+            units.iter().find_map(|(path, _)| path.file_name().filter(|name| name.ends_with(".timer")));
         let Some(timer) = timer else { return Ok(()) };
         self.ask(session, &["daemon-reload"])?;
         self.ask(session, &["enable", timer])?;
@@ -239,7 +245,8 @@ impl Place {
         }
         for path in &units {
             confined_files::remove(path.as_std_path()).map_err(|cause| io(path, "removed", cause))?;
-            confined_files::sync_directory_of(path.as_std_path()).map_err(|cause| io(path, "removed", cause))?;
+            confined_files::sync_directory_of(path.as_std_path())
+                .map_err(|cause| io(path, "removed", cause))?;
         }
         if !units.is_empty() {
             self.ask(session, &["daemon-reload"])?;
@@ -258,8 +265,14 @@ impl Place {
 
     /// Asks systemd if it understands the calendar expression of `spec`. Without the program that knows, the
     /// expression counts as understood.
-    pub fn require_understood(&self, session: &Session, spec: &PolicySpec) -> std::result::Result<(), Failure> {
-        let Some(analyze) = found(&["/usr/bin/systemd-analyze", "/bin/systemd-analyze"]) else { return Ok(()) };
+    pub fn require_understood(
+        &self,
+        session: &Session,
+        spec: &PolicySpec,
+    ) -> std::result::Result<(), Failure> {
+        let Some(analyze) = found(&["/usr/bin/systemd-analyze", "/bin/systemd-analyze"]) else {
+            return Ok(());
+        };
         if spec.on_calendar.is_none() {
             return Ok(());
         }
@@ -296,8 +309,8 @@ fn of_user() -> Result<Utf8PathBuf> {
         })
 }
 
-/// The name of a domain's units, without the ending. Of the characters of a domain's name, `+` has no place in a
-/// unit's name.
+/// The name of a domain's units, without the ending. Of the characters of a domain's name, `+` has no place
+/// in a unit's name.
 fn base(domain: &DomainName) -> String {
     let name = domain.as_str();
     // A name is ASCII, so it can be cut anywhere.

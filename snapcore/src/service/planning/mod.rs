@@ -19,8 +19,8 @@ use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
 use crate::error::Result;
 use crate::plan::DiskInput;
-use crate::registry::Registry;
 use crate::policy::PolicyReview;
+use crate::registry::Registry;
 use crate::request::{CreateDisk, DeleteRequest, Request};
 use crate::shape::Plan;
 

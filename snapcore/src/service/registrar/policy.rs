@@ -11,8 +11,8 @@ use crate::service::{DomainRef, PolicyChange};
 use crate::snapshot::Snapshot;
 
 impl Registrar {
-    /// Records the policy of a domain, or takes it away. Only records change. An operation that was interrupted
-    /// does not matter: its plan has all that it needs.
+    /// Records the policy of a domain, or takes it away. Only records change. An operation that was
+    /// interrupted does not matter: its plan has all that it needs.
     pub(in crate::service) async fn set_policy(
         &self,
         reference: DomainRef,
@@ -44,7 +44,13 @@ impl Registrar {
             by.map(|snapshot| snapshot.name.clone()).collect()
         };
         let (own, others) = (by_policy(true), by_policy(false));
-        Ok(PolicyChange { domain: entry.domain.name.clone(), policy: entry.domain.policy, before, own, others })
+        Ok(PolicyChange {
+            domain: entry.domain.name.clone(),
+            policy: entry.domain.policy,
+            before,
+            own,
+            others,
+        })
     }
 
     /// Locks the runs of a domain's policy. A domain's name has no blanks, so no domain's lock has this name.
