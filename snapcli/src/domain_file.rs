@@ -40,7 +40,7 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         config: Option<Utf8PathBuf>,
     }
     let wrong = |cause: toml::de::Error| {
-        Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
+        Error::new(ErrorKind::Usage, "the domain file is not understood").because(fit_to_show(&cause)).advise(
             "it has name, hypervisor, active-path, for a hypervisor a [control], one [[disk]] with target, path \
              and format a disk, and perhaps a [policy]",
         )
@@ -94,6 +94,12 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
     }
     spec.policy = file.policy;
     Ok(spec)
+}
+
+/// The cause with the line that it is about, which may have control characters.
+fn fit_to_show(cause: &toml::de::Error) -> String {
+    let is_odd = |c: char| c.is_control() && c != '\n';
+    cause.to_string().replace(is_odd, " ")
 }
 
 #[cfg(test)]

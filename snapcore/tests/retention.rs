@@ -250,3 +250,73 @@ fn reasons_number_the_periods() {
     assert!(matches!(reasons[..], [KeepReason::Period { nth: 2, of: 2, .. }]), "{reasons:?}");
     assert!(matches!(verdicts[0], Verdict::Prune(_)));
 }
+
+/// Runs at each hour of `hours`, each of which takes a snapshot and prunes. Returns the hours that are left.
+fn hourly_runs(
+    rules: &Rules,
+    zone: &TimeZone,
+    start: &str,
+    hours: impl IntoIterator<Item = i64>,
+) -> Vec<i64> {
+    let start = start.parse::<Timestamp>().unwrap().as_second();
+    let mut kept: Vec<(i64, Candidate)> = Vec::new();
+    for (number, hour) in hours.into_iter().enumerate() {
+        let now = at(start + hour * 3_600);
+        kept.push((hour, Candidate::new(id(number), now).own(true)));
+        let all: Vec<Candidate> = kept.iter().map(|(_, one)| one.clone()).collect();
+        let gone = pruned(&all, rules, now, zone);
+        kept.retain(|(_, one)| !gone.contains(&one.id));
+    }
+    kept.into_iter().map(|(hour, _)| hour).collect()
+}
+
+/// Patryk27/lxd-snapper 13: of daily runs under 7 days and 3 weeks, weekly snapshots were deleted when they
+/// left the days, because the days had used them up. Each rule keeps its own here.
+#[test]
+fn report_weekly_ones_outlive_daily_ones() {
+    let rules = Rules::default().daily(7).weekly(3).monthly(2);
+    let zone = TimeZone::get("Europe/Zurich").unwrap();
+    // Each run is at midnight of Zurich: day 0 is Sunday, 2 June; day 28 is the last of June.
+    for newest in 40..58_i64 {
+        let left = hourly_runs(&rules, &zone, "2024-06-01T22:00:00Z", (0..=newest).map(|day| day * 24));
+        let monday = newest - (newest % 7 + 6) % 7;
+        let mut expected: BTreeSet<i64> = (newest - 6..=newest).collect();
+        expected.extend([monday - 1, monday - 8, 28]);
+        let left: BTreeSet<i64> = left.into_iter().map(|hour| hour / 24).collect();
+        assert_eq!(left, expected, "day {newest}");
+    }
+}
+
+/// kopia 3758: a machine that was off for three weeks lost its 14 daily and 24 hourly snapshots at the first
+/// run. Here the one that falls out is the oldest of each rule.
+#[test]
+fn report_pause_prunes_one_for_one() {
+    let rules = Rules::default().hourly(24).daily(14);
+    let zone = TimeZone::get("Europe/Berlin").unwrap();
+    let before = hourly_runs(&rules, &zone, "2024-03-01T00:00:00Z", 0..14 * 24);
+    let after = hourly_runs(&rules, &zone, "2024-03-01T00:00:00Z", (0..14 * 24).chain([35 * 24]));
+    assert!(before.len() >= 36 && after.len() + 1 >= before.len(), "{before:?} {after:?}");
+    let lost = before.iter().filter(|hour| !after.contains(hour)).count();
+    assert!(lost <= 2, "{lost} were lost");
+}
+
+/// restic 2761, rustic 1032 and others: what a policy without numbers does. It prunes nothing.
+#[test]
+fn report_no_numbers_prune_nothing() {
+    let left = hourly_runs(&Rules::default(), &TimeZone::UTC, "2024-03-01T00:00:00Z", 0..100);
+    assert_eq!(left.len(), 100);
+    // btrbk 402: without a least age, nothing was pruned, whatever the numbers said.
+    let left = hourly_runs(&Rules::default().last(2), &TimeZone::UTC, "2024-03-01T00:00:00Z", 0..100);
+    assert_eq!(left, [98, 99]);
+}
+
+/// borg 723 and 8221: which days stay under 2 days, 4 weeks and 2 months. Weeks are from Monday to Sunday,
+/// and each rule counts for itself.
+#[test]
+fn report_calendar_of_kept_days() {
+    let rules = Rules::default().daily(2).weekly(4).monthly(2);
+    let left = hourly_runs(&rules, &TimeZone::UTC, "2024-04-01T02:34:00Z", (0..45).map(|day| day * 24));
+    let days: Vec<i64> = left.iter().map(|hour| hour / 24).collect();
+    // From 1 April on: 28 April, 30 April, 5, 12, 14 and 15 May.
+    assert_eq!(days, [27, 29, 34, 41, 43, 44]);
+}

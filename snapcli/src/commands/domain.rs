@@ -289,6 +289,9 @@ fn facts(document: &DomainShowDoc) -> String {
     let mut text = String::new();
     let mut line = |what: &str, said: &str| text.push_str(&format!("{what:<12} {said}\n"));
     line("domain", domain.name.as_str());
+    if domain.policy.is_some() {
+        line("policy", &format!("`domsnap policy show {}` shows it", domain.name));
+    }
     let Some(control) = &domain.control else {
         line("hypervisor", "none: disks at rest");
         return text;

@@ -1,10 +1,10 @@
 //! `domsnap policy`: snapshots that are taken by a schedule, and which of them are kept.
 //!
 //! **A run.** 1) The policy is locked, so that its commands run once. 2) An interrupted operation is
-//! recovered. 3) If a snapshot is due: the command `before`, the snapshot, the command `after`. If one of them
-//! fails, nothing is pruned. 4) What no rule keeps is deleted, oldest first, each in an operation of its own,
-//! and the rules decide again under the domain's lock. A failure ends the run. So a kill at any place leaves
-//! an operation that is recovered, or nothing, and the next run goes on.
+//! recovered. 3) If a snapshot is due: the command `before`, the snapshot, the command `after`. If one of
+//! them fails, nothing is pruned. 4) What no rule keeps is deleted, oldest first, each in an operation of its
+//! own, and the rules decide again under the domain's lock. A failure ends the run. So a kill at any place
+//! leaves an operation that is recovered, or nothing, and the next run goes on.
 
 mod hook;
 mod program;
@@ -195,7 +195,7 @@ fn prune(
             done.notes.extend(said.lines().map(|line| line.trim().trim_start_matches("note: ").to_owned()));
             Ok(())
         }
-        Err(failure) if is_superseded(session, domain, id) && failure.kind() == ErrorKind::Refused => {
+        Err(failure) if failure.kind() == ErrorKind::Refused && is_superseded(session, domain, id) => {
             done.notes.push(format!("{name} stays: {}", failure.message()));
             Ok(())
         }

@@ -212,8 +212,8 @@ mod tests {
         assert!(error.to_string().contains("cannot be run"), "{error}");
     }
 
-    /// At its limit a program is ended with all of its group. One that left its output open to another process
-    /// is not waited for.
+    /// At its limit a program is ended with all of its group. One that left its output open to another
+    /// process is not waited for.
     #[test]
     fn limit_ends_the_group() {
         let place = tempfile::tempdir().unwrap();

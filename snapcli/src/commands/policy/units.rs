@@ -213,7 +213,7 @@ impl Place {
             let write = || {
                 let name = FileName::new(path.file_name().unwrap_or_default())
                     .map_err(|bad| std::io::Error::other(bad.to_string()))?;
-                let new = FileName::new(format!(".{}.domsnap-new", path.file_name().unwrap_or_default()))
+                let new = FileName::new(new_name(path.file_name().unwrap_or_default()))
                     .map_err(|bad| std::io::Error::other(bad.to_string()))?;
                 // 1) The text is durable under another name, which systemd does not read. A crash leaves that
                 //    file, and it is removed here.
@@ -247,6 +247,13 @@ impl Place {
             confined_files::remove(path.as_std_path()).map_err(|cause| io(path, "removed", cause))?;
             confined_files::sync_directory_of(path.as_std_path())
                 .map_err(|cause| io(path, "removed", cause))?;
+        }
+        for ending in ["timer", "service"] {
+            // What an interrupted installation may have left. No other program makes a file of this name.
+            let new = self.directory.join(new_name(&format!("{}.{ending}", base(domain))));
+            if new.is_file() && !new.is_symlink() {
+                confined_files::remove(new.as_std_path()).map_err(|cause| io(&new, "removed", cause))?;
+            }
         }
         if !units.is_empty() {
             self.ask(session, &["daemon-reload"])?;
@@ -294,6 +301,11 @@ enum Found {
 
 fn io(path: &Utf8Path, done: &str, cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("{path} cannot be {done}")).because(cause)
+}
+
+/// The name of a unit that is not complete. systemd does not read it.
+fn new_name(unit: &str) -> String {
+    format!(".{unit}.domsnap-new")
 }
 
 /// The directory of the units of a user who is not root.
