@@ -143,7 +143,7 @@ fn days_go_by(kind: &str) -> Result<()> {
             domain.now += 30 * 60;
             let again = domain.run()?;
             ensure!(again["created"].is_null() && texts(&again["pruned"]).is_empty(), "{again}");
-            ensure!(again["has"] == taken.last().map(|(_, name)| name.clone()).into(), "{again}");
+            ensure!(again["has"].as_str() == taken.last().map(|(_, name)| name.as_str()), "{again}");
             let newest_of = |length: i64, count: usize| {
                 let periods: BTreeMap<i64, &String> =
                     taken.iter().map(|(time, name)| (time / length, name)).collect();
@@ -495,6 +495,7 @@ fn wrong_domain_files_are_refused() -> Result<()> {
         }
         refused(says).context(policy)?;
     }
+    domain.write_file("")?;
     let text = std::fs::read_to_string(domain.file())?;
     std::fs::write(domain.file(), text.replace("zone = 'UTC'", "zone = '../../etc/passwd'\ndaily = 1\n#"))?;
     refused("no time zone")?;
@@ -640,6 +641,8 @@ fn killed_installs_are_completed() -> Result<()> {
             .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
             .collect::<std::io::Result<_>>()?)
     };
+    let mut kills = 0;
+    std::fs::create_dir(&place)?;
     let both = ["domsnap-policy-guest.service", "domsnap-policy-guest.timer"].map(str::to_owned).into();
     for command in ["install", "remove"] {
         let args = ["policy", command, NAME, "--units", &units];
@@ -663,12 +666,15 @@ fn killed_installs_are_completed() -> Result<()> {
             prepare(&domain)?;
             let killing = shim::killing(shim::watching(domain.domsnap(), &root)?, operation.number, false);
             let killed = killing.run(&args)?;
-            ensure!(killed.status.is_none(), "not killed before {}: {killed}", operation.line);
+            // One may need an operation less than the one that was counted.
+            ensure!(matches!(killed.status, None | Some(status::DONE)), "{}: {killed}", operation.line);
+            kills += usize::from(killed.status.is_none());
             domain.domsnap().done(&args)?;
             let expected = if command == "install" { &both } else { &BTreeSet::new() };
             ensure!(names()? == *expected, "{command}, killed before {}: {:?}", operation.line, names()?);
         }
     }
+    ensure!(kills >= 8, "only {kills} were killed");
     Ok(())
 }
 
@@ -748,7 +754,7 @@ fn killed_run_heals_with_internal_snapshots() -> Result<()> {
     killed_runs_heal("internal")
 }
 
-/// The first delete of a run fails: the run ends, says what it did, and the next one goes on.
+/// The second delete of a run fails: the run ends, says what it did, and the next one goes on.
 #[test]
 fn failed_delete_ends_the_run() -> Result<()> {
     let mut domain = Scheduled::new("last = 3\nevery = 'hourly'\nkind = 'external'")?;
@@ -759,25 +765,15 @@ fn failed_delete_ends_the_run() -> Result<()> {
     }
     domain.install("last = 1\nevery = 'hourly'\nkind = 'external'", &[])?;
     domain.now = MONDAY + 3 * HOUR;
-    let root = domain.domain.root().to_owned();
-    let (_outputs, file) = shim::outputs()?;
-    let copies = tempfile::tempdir()?;
-    let copy = copies.path().join("before");
-    domain.domain.save_to(&copy)?;
-    shim::counting(shim::watching(domain.domsnap(), &root)?, &file).done(&["policy", "run", NAME])?;
-    let operations = shim::counted(&file)?;
-    domain.domain.restore_from(&copy)?;
-    // The removal of the first manifest: the delete has not begun to change an image.
-    let first =
-        operations.iter().find(|one| one.line.starts_with("unlink ") && one.line.contains(".domsnap/"));
-    let first = first.context("a manifest is removed")?.number;
-    let failing = shim::failing(shim::watching(domain.domsnap(), &root)?, first, "EIO", shim::Often::Once);
+    // The manifest of the second cannot be removed, so its delete does not begin to change an image.
+    let list: Value = domain.domsnap().done(&["list", NAME, "--json"])?.json()?;
+    let second = format!("{}.json", list["snapshots"][1]["id"].as_str().context("an identity")?);
+    let failing = shim::watching(domain.domsnap(), domain.domain.root())?.env("FAULTFS_FAIL_KIND", "unlink");
+    let failing = failing.env("FAULTFS_FAIL_PATH", &second).env("FAULTFS_ERRNO", "EIO");
     let failed = failing.run(&["policy", "run", NAME])?;
     ensure!(matches!(failed.status, Some(status::FAILED | status::NEEDS_RECOVERY)), "{failed}");
-    ensure!(
-        failed.stderr.contains("was created") && failed.stderr.contains("next run prunes them"),
-        "{failed}"
-    );
+    ensure!(failed.stderr.contains("was created; pruned before it: auto-2026-11-02-0000"), "{failed}");
+    ensure!(failed.stderr.contains("next run prunes them"), "{failed}");
     domain.now += 60;
     domain.run()?;
     ensure!(domain.names()?.len() == 1, "{:?}", domain.names()?);

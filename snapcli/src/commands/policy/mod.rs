@@ -1,10 +1,10 @@
 //! `domsnap policy`: snapshots that are taken by a schedule, and which of them are kept.
 //!
 //! **A run.** 1) The policy is locked, so that its commands run once. 2) An interrupted operation is
-//! recovered. 3) If a snapshot is due: the command `before`, the snapshot, the command `after`. If one of
-//! them fails, nothing is pruned. 4) What no rule keeps is deleted, oldest first, each in an operation of its
-//! own, and the rules decide again under the domain's lock. A failure ends the run. So a kill at any place
-//! leaves an operation that is recovered, or nothing, and the next run goes on.
+//! recovered, and deferred merges are done. 3) If a snapshot is due: the command `before`, the snapshot, the
+//! command `after`. If one of them fails, nothing is pruned. 4) What no rule keeps is deleted, oldest first,
+//! each in an operation of its own, and the rules decide again under the domain's lock. A failure ends the
+//! run. So a kill at any place leaves an operation that is recovered, or nothing, and the next run goes on.
 
 mod hook;
 mod program;
@@ -76,11 +76,22 @@ fn run_policy(session: &Session, args: &PolicyRun) -> Result<Answer, Failure> {
     let _turn = session.ask(session.service.policy_turn(domain)).map_err(Failure::of_plan)?;
     let mut done = Done::default();
     let listing = session.ask(session.service.list(domain)).map_err(Failure::of_plan)?;
-    if !listing.unfinished.is_empty() {
-        for report in session.change(session.service.recover(Some(domain), session.cancel()))? {
-            done.notes.push(format!("recovered: the interrupted {}", report.operation));
-            done.notes.extend(report.notes);
+    // Also where no operation is unfinished: a kill after the end of one leaves manifests that are not up to
+    // date, and merges may be deferred.
+    match session.change(session.service.recover(Some(domain), session.cancel())) {
+        Ok(reports) => {
+            for report in reports {
+                done.notes.push(format!(
+                    "recovered: the {} of {}",
+                    report.operation,
+                    names(&report.snapshots)
+                ));
+                done.notes.extend(report.notes);
+            }
         }
+        Err(failure) if !listing.unfinished.is_empty() => return Err(failure),
+        // What is in the way of that is in the way of the snapshot too, whose error says what to do.
+        Err(failure) => done.notes.push(format!("not tidied: {}", failure.message())),
     }
     let mut review = session.ask(session.service.policy_review(domain, false)).map_err(Failure::of_plan)?;
     // Both commands are looked at before the first one is run.
