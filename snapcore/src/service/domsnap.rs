@@ -394,7 +394,7 @@ impl Domsnap {
     /// What a run of the domain's policy would do now: if a snapshot is due, and of each snapshot if it stays
     /// and why. With `planned`, a snapshot that is due counts as taken. Changes nothing.
     ///
-    /// A run is: [`Domsnap::create`] with [`CreateRequest::policy`], then for each snapshot that is pruned,
+    /// A run is: [`Domsnap::create`] with [`CreateRequest::policy()`], then for each snapshot that is pruned,
     /// oldest first, [`Domsnap::delete`] with [`DeleteRequest::pruning`]. Both decide again under the
     /// domain's lock.
     ///

@@ -364,7 +364,7 @@ fn command(session: &Session, state_dir: &Utf8Path, domain: &DomainName) -> Resu
     require_own(&program, "the program", "have any program run by systemd")?;
     let global = &session.global;
     let mut command = vec![program.into_string(), "--state-dir".to_owned(), state_dir.to_string()];
-    if let Some((directory, true)) = crate::backends::directory(global).ok() {
+    if let Ok((directory, true)) = crate::backends::directory(global) {
         command.extend(["--backend-dir".to_owned(), directory.into_string()]);
     }
     for directory in &global.allow_backing {
