@@ -408,7 +408,7 @@ impl Domsnap {
         self.rooms.planning.review(&located.entry, live.as_ref(), Timestamp::now(), planned).await
     }
 
-    /// Waits for no other run of the domain's policy: locks it, so that its commands run once. Operations on
+    /// Locks the runs of the domain's policy, so that its commands run once at a time. Operations on
     /// the domain are not locked out.
     ///
     /// # Errors
