@@ -80,9 +80,9 @@ pub(crate) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i
 }
 
 pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
-    let (name, unregistered, hypervisor, active_path, current, revision, control, host) = connection
+    let (name, unregistered, hypervisor, active_path, current, revision, control, host, policy) = connection
         .prepare_cached(
-            "SELECT name, unregistered, hypervisor, active_path, current, revision, control, host
+            "SELECT name, unregistered, hypervisor, active_path, current, revision, control, host, policy
              FROM domains WHERE id = ?1",
         )?
         .query_row([id], |row| {
@@ -95,6 +95,7 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
                 row.get::<_, i64>(5)?,
                 row.get::<_, Option<String>>(6)?,
                 row.get::<_, Option<String>>(7)?,
+                row.get::<_, Option<String>>(8)?,
             ))
         })?;
     let mut disks = Vec::new();
@@ -133,7 +134,8 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
         .control(control.map(|text| from_json("control", &text)).transpose()?)
         .active_path(from_word("active path", active_path)?)
         .current(current.map(|id| from_word("snapshot identity", id)).transpose()?)
-        .machines(machines);
+        .machines(machines)
+        .policy(policy.map(|text| from_json("policy", &text)).transpose()?);
     Ok((domain, Revision(unsigned(revision))))
 }
 
@@ -144,7 +146,7 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
                 p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped, p.identity,
-                s.role, s.holds, s.deferred, s.expires
+                s.role, s.holds, s.deferred, s.expires, s.policy
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -195,6 +197,11 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
                 .expires(
                     row.get::<_, Option<String>>(17)?
                         .map(|time| time.parse().map_err(|_| corrupt("time", &time)))
+                        .transpose()?,
+                )
+                .policy(
+                    row.get::<_, Option<String>>(18)?
+                        .map(|id| from_word("identity of a policy", id))
                         .transpose()?,
                 ),
             );
@@ -248,7 +255,7 @@ pub(crate) fn write_difference(
         let domain = after.0;
         connection.execute(
             "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5, control = ?6,
-             host = ?7 WHERE id = ?1",
+             host = ?7, policy = ?8 WHERE id = ?1",
             params![
                 id,
                 domain.unregistered,
@@ -257,6 +264,7 @@ pub(crate) fn write_difference(
                 domain.current.map(|id| id.to_string()),
                 domain.control.as_ref().map(json).transpose()?,
                 domain.host.as_ref().map(json).transpose()?,
+                domain.policy.as_ref().map(json).transpose()?,
             ],
         )?;
         if before.0.machines != domain.machines {
@@ -317,8 +325,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
     connection
         .prepare_cached(
             "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine,
-                 skipped, role, holds, deferred, expires)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+                 skipped, role, holds, deferred, expires, policy)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
         )?
         .execute(params![
             key,
@@ -335,6 +343,7 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             (!snapshot.holds.is_empty()).then(|| json(&snapshot.holds)).transpose()?,
             snapshot.deferred,
             snapshot.expires.map(|expires| expires.to_string()),
+            snapshot.policy.map(|policy| policy.to_string()),
         ])?;
     let mut statement = connection.prepare_cached(
         "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size, identity)

@@ -198,6 +198,10 @@ ALTER TABLE snapshots ADD COLUMN role TEXT;
 ALTER TABLE snapshots ADD COLUMN holds TEXT;
 ALTER TABLE snapshots ADD COLUMN deferred INTEGER NOT NULL DEFAULT 0 CHECK (deferred IN (0, 1));
 ALTER TABLE snapshots ADD COLUMN expires TEXT;
+", "
+-- The policy of a domain, as JSON; and the one that took a snapshot (absent: a user, or another program).
+ALTER TABLE domains ADD COLUMN policy TEXT;
+ALTER TABLE snapshots ADD COLUMN policy TEXT;
 "];
 
 /// Meaning of a database's version to this program.

@@ -10,10 +10,12 @@ use snapcore::service::{CreateDisk, DomainRef, KeepPrevious};
 use snapcore::{ActivePath, DiskAddress, DomainName, Holder, PointKind, SnapshotName, Target};
 
 mod disk;
+mod policy;
 mod values;
 mod xl;
 
 pub use disk::{CopyFormat, Disk, Serve};
+pub use policy::{Policy, PolicyInstall, PolicyRemove, PolicyRun, PolicyShow};
 pub use values::{DiskPlace, Moment};
 use values::{bytes, disk_choice, disk_place, skipped_disk, when, when_or_never};
 pub use xl::{Xl, XlCommand, XlCreate, XlDelete, XlList, XlRevert};
@@ -113,6 +115,9 @@ pub enum Command {
     Describe(Describe),
     /// Set the time from which a snapshot may be deleted
     Expire(Expire),
+    /// Take snapshots by a schedule, and keep some of them
+    #[command(subcommand)]
+    Policy(Policy),
     /// List the last operations on a domain
     History(History),
     /// List snapshots

@@ -101,7 +101,7 @@ fn own(global: &Global) -> Result<Registry> {
 }
 
 /// Returns the directory of plug-ins, and true if the user named it.
-fn directory(global: &Global) -> Result<(Utf8PathBuf, bool)> {
+pub fn directory(global: &Global) -> Result<(Utf8PathBuf, bool)> {
     if let Some(said) = &global.backend_dir {
         return Ok((absolute(said)?, true));
     }

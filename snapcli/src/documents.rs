@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use snapcore::backend::{Capabilities, DeleteCost, Finding};
 use snapcore::hypervisor::{Control, GuestChange, HypervisorProfile, SeenDisk};
+use snapcore::policy::{Policy, PolicyId, PolicySpec, ReviewedSnapshot};
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, PastOperation};
 use snapcore::service::{PreviousState, RecoveryReport, Removal, Unfinished};
 use snapcore::{
@@ -82,6 +83,8 @@ pub struct SnapshotDoc {
     /// The time from which it may be deleted without a further question; null: never.
     #[schemars(with = "Option<String>")]
     pub expires: Option<Timestamp>,
+    /// The policy that took it; null: a user did, or another program.
+    pub policy: Option<PolicyId>,
 }
 
 impl SnapshotDoc {
@@ -125,6 +128,7 @@ impl SnapshotDoc {
             holds: snapshot.active_holds(Timestamp::now()).cloned().collect(),
             deferred: snapshot.deferred,
             expires: snapshot.expires,
+            policy: snapshot.policy,
         }
     }
 
@@ -404,6 +408,94 @@ pub struct PlanDoc {
     pub guest: Option<GuestChange>,
     /// The domain's power state afterwards, if it is planned.
     pub power: Option<Power>,
+}
+
+/// `policy run`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct PolicyRunDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// True if nothing was changed: then `created` and `pruned` are what would be.
+    pub dry_run: bool,
+    /// The snapshot that was taken; null: none was due.
+    pub created: Option<SnapshotName>,
+    /// The snapshot of this period because of which none was due.
+    pub has: Option<SnapshotName>,
+    /// The snapshots that were pruned, oldest first.
+    pub pruned: Vec<SnapshotName>,
+    /// All snapshots of the domain before anything was pruned, oldest first, each with the reasons. Of a dry
+    /// run, the one in `created` is counted and not listed.
+    pub snapshots: Vec<ReviewedSnapshot>,
+    /// True if the state that the last revert replaced was given up.
+    pub gave_up_undo: bool,
+    /// What the user should look at.
+    pub warnings: Vec<String>,
+    /// Messages for the user.
+    pub notes: Vec<String>,
+}
+
+/// `policy install`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct PolicyInstallDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// True if nothing was changed.
+    pub dry_run: bool,
+    /// The policy that is recorded; of a dry run: if it is recorded already.
+    pub policy: Option<Policy>,
+    /// What it says.
+    pub spec: PolicySpec,
+    /// The units of systemd that were written.
+    pub units: Vec<UnitDoc>,
+    /// True if systemd was asked to run them.
+    pub enabled: bool,
+    /// The snapshots that are the policy's own.
+    pub own: Vec<SnapshotName>,
+    /// Snapshots that an earlier policy took, and that this one never prunes.
+    pub others: Vec<SnapshotName>,
+}
+
+/// A unit of systemd.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct UnitDoc {
+    /// Its file.
+    #[schemars(with = "String")]
+    pub path: Utf8PathBuf,
+    /// Its text.
+    pub text: String,
+}
+
+/// `policy remove`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct PolicyRemoveDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// True if nothing was changed.
+    pub dry_run: bool,
+    /// The policy that was removed; null: there was none.
+    pub policy: Option<Policy>,
+    /// The units of systemd that were removed.
+    #[schemars(with = "Vec<String>")]
+    pub units: Vec<Utf8PathBuf>,
+    /// The snapshots that it took. They stay.
+    pub snapshots: Vec<SnapshotName>,
+}
+
+/// `policy show`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct PolicyShowDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// Its policy.
+    pub policy: Policy,
+    /// The snapshots that it took, oldest first.
+    pub snapshots: Vec<SnapshotName>,
+    /// The time of the newest of them.
+    #[schemars(with = "Option<String>")]
+    pub newest: Option<Timestamp>,
+    /// The timer of systemd; null: there is none of ours.
+    #[schemars(with = "Option<String>")]
+    pub timer: Option<Utf8PathBuf>,
 }
 
 /// `domain add`, `import`.
@@ -708,6 +800,8 @@ pub fn schema() -> serde_json::Value {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
         "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
+        "policy-run": PolicyRunDoc, "policy-install": PolicyInstallDoc, "policy-remove": PolicyRemoveDoc,
+        "policy-show": PolicyShowDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
         "domain-scan": ScanDoc,

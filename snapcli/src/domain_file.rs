@@ -3,14 +3,15 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
 use snapcore::hypervisor::Control;
+use snapcore::policy::PolicySpec;
 use snapcore::service::DomainSpec;
 use snapcore::{ActivePath, Disk, DiskAddress, DomainName, Error, ErrorKind, Hypervisor, Registry, Result};
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
-/// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a
-/// `[[disk]]` with `target`, `path` and `format` for each disk. Relative paths are taken from `directory`.
-/// With a `[control]` there may be no disk: then the running domain is to be asked for them before it is
-/// registered.
+/// hypervisor a `[control]` with the key of its address and what else applies to its domains, a `[[disk]]`
+/// with `target`, `path` and `format` for each disk, and perhaps a `[policy]`. Relative paths are taken from
+/// `directory`. With a `[control]` there may be no disk: then the running domain is to be asked for them
+/// before it is registered.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`], with the line and what was expected there.
@@ -26,6 +27,7 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         active_path: ActivePath,
         #[serde(default)]
         disk: Vec<Disk>,
+        policy: Option<PolicySpec>,
     }
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -38,9 +40,9 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         config: Option<Utf8PathBuf>,
     }
     let wrong = |cause: toml::de::Error| {
-        Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-            "it has name, hypervisor, active-path, for a hypervisor a [control], and one [[disk]] with target, path and format \
-             a disk",
+        Error::new(ErrorKind::Usage, "the domain file is not understood").because(fit_to_show(&cause)).advise(
+            "it has name, hypervisor, active-path, for a hypervisor a [control], one [[disk]] with target, path \
+             and format a disk, and perhaps a [policy]",
         )
     };
     let file: File = toml::from_str(text).map_err(wrong)?;
@@ -87,7 +89,17 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         };
         spec.disks.push(Disk::new(disk.target, address, disk.format));
     }
+    if let Some(policy) = &file.policy {
+        policy.check()?;
+    }
+    spec.policy = file.policy;
     Ok(spec)
+}
+
+/// The cause with the line that it is about, which may have control characters.
+fn fit_to_show(cause: &toml::de::Error) -> String {
+    let is_odd = |c: char| c.is_control() && c != '\n';
+    cause.to_string().replace(is_odd, " ")
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ mod progress;
 mod session;
 mod table;
 mod tree;
+mod trusted;
 mod units;
 
 use std::process::ExitCode;

@@ -35,6 +35,7 @@ use proptest::test_runner::TestRunner;
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp};
 use snapcore::catalogue::{Operation, OperationId, OperationState, StepState};
 use snapcore::hypervisor::DomainStep;
+use snapcore::policy::{Policy, PolicyId};
 use snapcore::{
     ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind,
     FinishStep, FinishUnit, Hold, Holder, HoldingProcess, HypervisorStep, LayerName, MemoryPoint, NestedStep,
@@ -104,7 +105,13 @@ fn domain(name: &str, paths: &[&str]) -> Domain {
     let disks = paths.iter().zip(["vda", "vdb", "vdc"]).map(|(path, name)| {
         DiskRecord::new(Disk::new(target(name), *path, "fake"), layer(0)).owned(vec![layer(0)])
     });
-    Domain::new(domain_name(name), disks.collect()).active_path(ActivePath::New)
+    let spec = serde_json::json!({"daily": 7, "before": ["/bin/it's", "\"quoted\""], "min-age": "2d"});
+    let policy = Policy::new(policy_id(), serde_json::from_value(spec).unwrap());
+    Domain::new(domain_name(name), disks.collect()).active_path(ActivePath::New).policy(Some(policy))
+}
+
+fn policy_id() -> PolicyId {
+    serde_json::from_value("01900000-0000-7000-8000-000000000001".into()).unwrap()
 }
 
 fn put(domain: &Domain) -> Vec<Change> {
@@ -132,6 +139,7 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     .holds(if number.is_multiple_of(2) { vec![hold(number)] } else { Vec::new() })
     .deferred(number.is_multiple_of(3))
     .expires(number.is_multiple_of(4).then_some(Timestamp::UNIX_EPOCH))
+    .policy(number.is_multiple_of(2).then(policy_id))
 }
 
 fn hold(number: u8) -> Hold {

@@ -9,6 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::hypervisor::Control;
 use crate::name::{DomainName, LayerName, Target};
+use crate::policy::Policy;
 use crate::snapshot::SnapshotId;
 
 /// The hypervisor of a domain, by its registered name, or none. Addresses of its domains begin with that name
@@ -178,6 +179,10 @@ pub struct Domain {
     /// The machines that its snapshots were taken on: few, because most were taken on the same.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub machines: Vec<Machine>,
+    /// When its snapshots are taken without a user, and which of these are kept. It is in the catalogue
+    /// alone: manifests are data of whoever owns the images' directory, and a policy has commands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
 }
 
 impl Domain {
@@ -193,6 +198,7 @@ impl Domain {
             active_path: ActivePath::Keep,
             current: None,
             machines: Vec::new(),
+            policy: None,
         }
     }
 }
@@ -205,6 +211,7 @@ setters!(Domain {
     active_path: ActivePath,
     current: Option<SnapshotId>,
     machines: Vec<Machine>,
+    policy: Option<Policy>,
 });
 
 /// A running domain's machine, as its hypervisor described it at a snapshot.

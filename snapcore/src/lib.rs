@@ -8,6 +8,7 @@
 //! | [`manifest`] | authors of backends whose disks are no files | the records beside the data ([`manifest::ManifestStore`]) |
 //! | [`hypervisor`] | authors of hypervisors | the contracts ([`hypervisor::VmStateSaver`], [`hypervisor::LiveDomain`], [`hypervisor::AttachedDisk`]) and their data |
 //! | [`catalogue`] | authors of catalogues | the contract of the store ([`catalogue::Catalogue`]), and the journal |
+//! | [`policy`] | programs that schedule | the rules of which snapshots are taken and kept, as pure functions |
 //! | [`service`] | programs that embed domsnap | the service ([`service::Domsnap`]), requests, outcomes, events |
 //!
 //! What all of them speak of is here at the root: domains, disks, snapshots, plans, errors. The planner and
@@ -77,6 +78,7 @@ pub mod manifest;
 mod name;
 mod operation;
 mod plan;
+pub mod policy;
 mod reading;
 mod registry;
 mod request;

@@ -11,7 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hold::{Holder, HoldingProcess};
 use crate::hypervisor::{CloneNetwork, PowerAfter, Quiesce};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
-use crate::snapshot::{PointKind, Snapshot, SnapshotTree};
+use crate::policy::PolicyId;
+use crate::snapshot::{PointKind, Snapshot, SnapshotId, SnapshotTree};
 
 /// Action for one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub struct CreateRequest {
     pub then: Option<PowerAfter>,
     /// The time from which the snapshot may be deleted without a further question.
     pub expires: Option<Timestamp>,
+    /// The policy that asks for it. Then a snapshot is taken only if this period has none of that policy.
+    pub policy: Option<PolicyId>,
     /// True if the snapshot saves the state that a revert is going to replace. It is no user's snapshot.
     pub(crate) hidden: bool,
 }
@@ -80,6 +83,7 @@ impl CreateRequest {
             quiesce_limit: QUIESCE_LIMIT,
             then: None,
             expires: None,
+            policy: None,
             hidden: false,
         }
     }
@@ -150,6 +154,13 @@ impl CreateRequest {
     #[must_use]
     pub fn expires(mut self, time: Timestamp) -> Self {
         self.expires = Some(time);
+        self
+    }
+
+    /// Takes it for a policy, if this period has none of that policy.
+    #[must_use]
+    pub fn policy(mut self, policy: PolicyId) -> Self {
+        self.policy = Some(policy);
         self
     }
 
@@ -324,12 +335,28 @@ pub struct DeleteRequest {
     pub defer: bool,
     /// True if all snapshots that have expired and are not held are deleted too.
     pub expired: bool,
+    /// A snapshot that the domain's policy prunes. It is deleted only if the policy still does when the
+    /// domain is locked.
+    pub prune: Option<SnapshotId>,
 }
 
 impl DeleteRequest {
     /// Requests the deletion of `names` only.
     pub fn new(names: Vec<SnapshotName>) -> Self {
-        Self { names, scope: DeleteScope::Only, limit: 0, force: false, defer: false, expired: false }
+        Self {
+            names,
+            scope: DeleteScope::Only,
+            limit: 0,
+            force: false,
+            defer: false,
+            expired: false,
+            prune: None,
+        }
+    }
+
+    /// Requests the deletion of the snapshot `id`, which the domain's policy prunes.
+    pub fn pruning(id: SnapshotId) -> Self {
+        Self { prune: Some(id), ..Self::new(Vec::new()) }
     }
 
     /// Limits merges on a running domain, in bytes per second.
@@ -374,6 +401,8 @@ impl DeleteRequest {
 pub struct UndoRequest {
     /// True if the state is removed instead.
     pub forget: bool,
+    /// If the state is removed: only if the revert that replaced it was at this time or before.
+    pub replaced_by: Option<Timestamp>,
     /// The power state of the guest afterwards; absent: as it is, or as it was where memory is restored.
     pub power: Option<PowerAfter>,
 }
@@ -388,6 +417,14 @@ impl UndoRequest {
     #[must_use]
     pub fn forget(mut self, forget: bool) -> Self {
         self.forget = forget;
+        self
+    }
+
+    /// Removes the state if it was replaced at this time or before.
+    #[must_use]
+    pub fn forget_before(mut self, time: Timestamp) -> Self {
+        self.forget = true;
+        self.replaced_by = Some(time);
         self
     }
 

@@ -11,6 +11,7 @@ use crate::domain::DiskRecord;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hold::Hold;
 use crate::name::{LayerName, SnapshotName, Target};
+use crate::policy::PolicyId;
 use crate::state::{DiskState, TagIdentity};
 
 /// The identity of a snapshot. It survives renames, is unique over all domains, and sorts by creation time.
@@ -254,6 +255,9 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub expires: Option<Timestamp>,
+    /// The policy that took it; absent: a user did, or another program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicyId>,
 }
 
 impl Snapshot {
@@ -274,6 +278,7 @@ impl Snapshot {
             holds: Vec::new(),
             deferred: false,
             expires: None,
+            policy: None,
         }
     }
 }
@@ -290,6 +295,7 @@ setters!(Snapshot {
     holds: Vec<Hold>,
     deferred: bool,
     expires: Option<Timestamp>,
+    policy: Option<PolicyId>,
 });
 
 impl Snapshot {

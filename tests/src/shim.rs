@@ -97,6 +97,11 @@ pub fn preloaded(domsnap: Domsnap) -> Domsnap {
     domsnap.env("LD_PRELOAD", domsnap::product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs"))
 }
 
+/// `domsnap` with the shim preloaded, whose clock begins at `second` (since 1970) in each process.
+pub fn at_time(domsnap: Domsnap, second: i64) -> Domsnap {
+    preloaded(domsnap).env("FAULTFS_CLOCK", second.to_string())
+}
+
 /// Adds a list of the QMP commands that change something to be written to `file`.
 pub fn counting_commands(domsnap: Domsnap, file: &Path) -> Domsnap {
     domsnap.env("FAULTFS_QMP_COUNT", file)

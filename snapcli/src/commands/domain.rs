@@ -1,5 +1,7 @@
 //! `domsnap domain ...` and `domsnap import`.
 
+use std::io::Read;
+
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::hypervisor::Control;
 use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport};
@@ -16,6 +18,7 @@ use crate::domain_file;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::table;
+use crate::trusted::require_own;
 use crate::units;
 
 /// Does what `domain` says.
@@ -75,6 +78,12 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     }
     let mut report = session.change(session.service.domain_add(&spec))?;
     report.notes.extend(left_out);
+    if report.domain.policy.is_some() {
+        report.notes.push(format!(
+            "its policy is recorded; `domsnap policy install {}` has systemd run it",
+            report.domain.name
+        ));
+    }
     Ok(session.changed(document(report), |document| reported(document, "registered")))
 }
 
@@ -109,14 +118,38 @@ pub fn absolute(path: &Utf8Path) -> Result<Utf8PathBuf, Error> {
     })
 }
 
-fn read_file(session: &Session, file: &Utf8Path) -> Result<DomainSpec, Failure> {
+/// Reads a domain file. One with commands is refused if another user could have written them.
+pub fn read_file(session: &Session, file: &Utf8Path) -> Result<DomainSpec, Failure> {
     let said =
         |cause| Error::new(ErrorKind::Usage, format!("the domain file {file} cannot be read")).because(cause);
     let file = camino::absolute_utf8(file).map_err(said)?;
-    let text = std::fs::read_to_string(&file).map_err(said)?;
+    let opened = std::fs::File::open(&file).map_err(said)?;
+    let is_regular = opened.metadata().map_err(said)?.is_file();
+    let mut text = String::new();
+    opened.take(MAX_FILE + 1).read_to_string(&mut text).map_err(said)?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(
+            Error::new(ErrorKind::Usage, format!("the domain file {file} has more than 1 MiB")).into()
+        );
+    }
     let directory = file.parent().unwrap_or(Utf8Path::new("/"));
-    Ok(domain_file::read(&text, directory, session.service.registry())
-        .map_err(|error| error.context(format!("reading {file}")))?)
+    let spec = domain_file::read(&text, directory, session.service.registry())
+        .map_err(|error| error.context(format!("reading {file}")))?;
+    // What is run as this user comes from this user. A pipe is of who typed the command.
+    if is_regular && has_commands(&spec) {
+        require_own(&file, "the domain file", "have any program run by its commands")
+            .map_err(|error| Failure::of(error, false))?;
+    }
+    Ok(spec)
+}
+
+/// The most bytes of a domain file.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Returns true if a domain file has commands that domsnap runs.
+fn has_commands(spec: &DomainSpec) -> bool {
+    let starts = spec.control.as_ref().is_some_and(|control| !control.start.is_empty());
+    starts || spec.policy.iter().any(|policy| !policy.before.is_empty() || !policy.after.is_empty())
 }
 
 /// `domsnap import`
@@ -256,6 +289,9 @@ fn facts(document: &DomainShowDoc) -> String {
     let mut text = String::new();
     let mut line = |what: &str, said: &str| text.push_str(&format!("{what:<12} {said}\n"));
     line("domain", domain.name.as_str());
+    if domain.policy.is_some() {
+        line("policy", &format!("`domsnap policy show {}` shows it", domain.name));
+    }
     let Some(control) = &domain.control else {
         line("hypervisor", "none: disks at rest");
         return text;

@@ -10,6 +10,7 @@ mod generate;
 mod health;
 mod held;
 mod list;
+mod policy;
 mod power;
 mod restore;
 mod scan;
@@ -48,6 +49,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Describe(describe) => held::describe(&open(global)?, describe),
         Command::Expire(expire) => held::expire(&open(global)?, expire),
         Command::History(history) => held::history(&open(global)?, &history),
+        Command::Policy(policy) => policy::run(&open(global)?, policy),
         Command::List(list) => list::run(&open(global)?, &list),
         Command::Show(show) => show::run(&open(global)?, &show),
         Command::Domain(domain) => domain::run(&open(global)?, domain),

@@ -49,6 +49,7 @@ fn document(details: Details) -> ShowDoc {
             holds: snapshot.holds.into_iter().filter(|hold| hold.is_active(now)).collect(),
             deferred: snapshot.deferred,
             expires: snapshot.expires,
+            policy: snapshot.policy,
         },
         children,
         machine,
@@ -68,7 +69,8 @@ fn reported(document: &ShowDoc) -> String {
     if !snapshot.description.is_empty() {
         line("description", &snapshot.description);
     }
-    line("created", &units::time(snapshot.created, &units::zone()));
+    let by = if snapshot.policy.is_some() { ", by a policy" } else { "" };
+    line("created", &format!("{}{by}", units::time(snapshot.created, &units::zone())));
     line("consistency", consistency(snapshot.consistency));
     line("parent", snapshot.parent.as_ref().map_or("none", |parent| parent.as_str()));
     let children = match document.children.is_empty() {

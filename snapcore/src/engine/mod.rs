@@ -378,7 +378,11 @@ impl Running<'_> {
         });
         if let Some(snapshot) = snapshot {
             if let Some(taken) = &facts.taken {
-                snapshot.created = taken.at;
+                // A policy's snapshot may be dated after the one before it (`Planner::date_after_last`).
+                snapshot.created = match snapshot.policy {
+                    Some(_) => taken.at.max(snapshot.created),
+                    None => taken.at,
+                };
                 snapshot.consistency = taken.consistency;
                 if let Some(memory) = &mut snapshot.memory {
                     memory.running = taken.running;

@@ -137,7 +137,8 @@ impl DomainManifest {
             catalogue: Some(catalogue),
             revision: entry.revision,
             snapshots: Some(entry.tree.len() as u64),
-            domain: entry.domain.clone(),
+            // A policy has commands, and no manifest is an authority for what is run.
+            domain: entry.domain.clone().policy(None),
         }
     }
 

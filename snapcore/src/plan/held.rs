@@ -181,8 +181,13 @@ impl Planner<'_> {
     }
 
     /// Removes the previous state, at the user's request.
-    pub(super) async fn forget(&self) -> Result<Plan> {
+    /// With `replaced_by`, only if the revert that replaced it was then or before.
+    pub(super) async fn forget(&self, replaced_by: Option<Timestamp>) -> Result<Plan> {
+        let is_old = |snapshot: &&Snapshot| {
+            snapshot.role == SnapshotRole::Dropped || replaced_by.is_none_or(|time| snapshot.created <= time)
+        };
         let previous = self.tree.iter().filter(|snapshot| snapshot.role != SnapshotRole::Snapshot);
+        let previous = previous.filter(is_old);
         let doomed: BTreeSet<SnapshotId> = previous.map(|snapshot| snapshot.id).collect();
         self.drop_snapshots("forget", &doomed, false).await
     }

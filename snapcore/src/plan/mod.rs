@@ -5,6 +5,7 @@ mod clone;
 mod held;
 mod live;
 mod merged;
+mod scheduled;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk, VmStateSaver};
 use crate::name::{SnapshotName, Target};
+use crate::policy;
 use crate::request::{
     CreateDisk, CreateRequest, DeleteRequest, DeleteScope, KeepPrevious, Request, RevertRequest, is_reserved,
     previous_name,
@@ -83,7 +85,7 @@ pub(crate) async fn plan(
         Request::Revert(revert) => planner.revert(revert).await,
         Request::Delete(delete) => planner.delete(delete).await,
         Request::Tidy => planner.tidy().await,
-        Request::Undo(undo) if undo.forget => planner.forget().await,
+        Request::Undo(undo) if undo.forget => planner.forget(undo.replaced_by).await,
         Request::Undo(undo) => planner.revert(&undo.as_revert(tree, alive.is_some())?).await,
         Request::Clone(clone) => planner.clones(clone, saver).await,
         Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
@@ -107,6 +109,12 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     async fn create(&self, request: &CreateRequest) -> Result<Plan> {
+        if let Some(id) = request.policy
+            && let Some(has) = policy::has_of_period(self.domain, self.tree, id, Timestamp::now())?
+        {
+            let note = format!("no snapshot is due: this period has {has}");
+            return Ok(Plan::new("create", Vec::new()).notes(vec![note]));
+        }
         match request.hidden {
             true => self.free_name(&request.name)?,
             false => self.new_name(&request.name)?,
@@ -193,6 +201,9 @@ impl Planner<'_> {
         let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
         snapshot.skipped = skipped;
         snapshot.expires = request.expires;
+        if let Some(id) = request.policy {
+            merged.notes.extend(self.date_after_last(&mut snapshot, id));
+        }
         if request.hidden {
             snapshot.role = SnapshotRole::Dropped;
         }
@@ -204,7 +215,9 @@ impl Planner<'_> {
         // the commit point of that revert on, and so is only then in the place of an earlier one.
         if !request.hidden {
             merged.commit.push(Edit::SetCurrent { id: Some(id) });
-            merged.commit.extend(self.drop_previous());
+            if !(request.policy.is_some() && self.keeps_undo(Timestamp::now())) {
+                merged.commit.extend(self.drop_previous());
+            }
         }
         merged.plan("create", vec![request.name.clone()])
     }
@@ -542,6 +555,9 @@ impl Planner<'_> {
                 let derived = derived.filter(|derived| derived.role == SnapshotRole::Snapshot);
                 doomed.extend(derived.map(|derived| derived.id));
             }
+        }
+        if let Some(id) = request.prune {
+            doomed.insert(self.require_pruned(id, now)?);
         }
         if request.expired {
             doomed.extend(self.expired(now).map(|snapshot| snapshot.id));

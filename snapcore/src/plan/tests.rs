@@ -34,6 +34,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         holds: Vec::new(),
         deferred: false,
         expires: None,
+        policy: None,
     };
     backend.disks().get_mut(disk.path()).unwrap().tags.insert("s1".into(), 1);
     let domain = Domain {
@@ -46,6 +47,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         disks: vec![record.clone()],
         current: Some(found.id),
         machines: Vec::new(),
+        policy: None,
     };
     let seen = DomainInfo::new(serde_json::json!({}), true);
     let alive = RunningDomain {

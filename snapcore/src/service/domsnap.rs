@@ -9,18 +9,19 @@ use tokio_util::sync::CancellationToken;
 use super::rooms::{Rooms, to_the_end};
 use super::{
     Belonging, ComparedDisk, Details, DiffReport, DiffRequest, DiskReport, DomainRef, DomainSpec,
-    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation,
+    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation, PolicyChange,
     RecoveryReport, Removal, Scanned, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;
-use crate::catalogue::Catalogue;
+use crate::catalogue::{Catalogue, Lease};
 use crate::domain::{Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventStream;
 use crate::host::Host;
 use crate::hypervisor::{Control, DomainInfo};
 use crate::name::{DomainName, SnapshotName};
+use crate::policy::{PolicyReview, PolicySpec};
 use crate::registry::Registry;
 use crate::request::{
     AmendRequest, CloneRequest, CreateRequest, DeleteRequest, HoldRequest, ReleaseRequest, Request,
@@ -60,6 +61,12 @@ impl Domsnap {
     pub async fn default_name(&self, domain: &DomainRef) -> Result<SnapshotName> {
         let listing = self.list(domain).await?;
         importer::free_name(&SnapshotName::of_time(Timestamp::now())?, &listing.snapshots)
+    }
+
+    /// Returns `wanted`, or with a number after it where a snapshot of `domain` has that name.
+    pub async fn free_name(&self, domain: &DomainRef, wanted: &SnapshotName) -> Result<SnapshotName> {
+        let listing = self.list(domain).await?;
+        importer::free_name(wanted, &listing.snapshots)
     }
 
     /// Registers a domain: imports its disks, with the snapshots that manifests beside them describe and the
@@ -152,15 +159,7 @@ impl Domsnap {
     /// The errors of [`Domsnap::plan`].
     pub async fn plans(&self, domain: &DomainRef, request: &Request) -> Result<Vec<Plan>> {
         let located = self.rooms.locator.locate(domain).await?;
-        let name = &located.entry.domain.name;
-        if let Some(unfinished) = self.rooms.records.unfinished(name).await?.first() {
-            return Err(Error::new(
-                ErrorKind::NeedsRecovery,
-                format!("a {} of domain {name} is {}", unfinished.plan.operation, unfinished.state),
-            )
-            .state("it runs just now, or stopped half way; no changes made")
-            .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")));
-        }
+        self.refuse_interrupted(&located.entry.domain.name).await?;
         let manifests = self.rooms.authority.manifests(&located.entry.domain)?;
         if located.catalogued {
             self.rooms.authority.require(&manifests, &located.entry).await?;
@@ -369,6 +368,64 @@ impl Domsnap {
     /// The errors of [`Domsnap::resolve`].
     pub async fn history(&self, domain: &DomainRef) -> Result<Vec<PastOperation>> {
         self.rooms.viewer.history(domain).await
+    }
+
+    /// Records the policy of a registered domain, or takes it away. A policy that is changed keeps its
+    /// identity, so that its snapshots stay its own. With `adopt`, a domain without a policy gets the
+    /// identity of the newest snapshot that a policy took, so that the snapshots of an earlier policy are
+    /// this one's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a policy that cannot be followed; [`ErrorKind::Refused`] for a domain that is
+    /// not registered.
+    pub async fn set_policy(
+        &self,
+        domain: &DomainRef,
+        spec: Option<PolicySpec>,
+        adopt: bool,
+    ) -> Result<PolicyChange> {
+        let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move {
+            room.set_policy(domain, spec, adopt, cancel).await
+        })
+        .await
+    }
+
+    /// What a run of the domain's policy would do now: if a snapshot is due, and of each snapshot if it stays
+    /// and why. With `planned`, a snapshot that is due counts as taken. Changes nothing.
+    ///
+    /// A run is: [`Domsnap::create`] with [`CreateRequest::policy()`], then for each snapshot that is pruned,
+    /// oldest first, [`Domsnap::delete`] with [`DeleteRequest::pruning`]. Both decide again under the
+    /// domain's lock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a domain without a policy; [`ErrorKind::NeedsRecovery`] where an operation
+    /// was interrupted; the errors of [`Domsnap::plan`].
+    pub async fn policy_review(&self, domain: &DomainRef, planned: bool) -> Result<PolicyReview> {
+        let located = self.rooms.locator.locate(domain).await?;
+        self.refuse_interrupted(&located.entry.domain.name).await?;
+        let live = self.rooms.locator.connect(&located.entry.domain).await?;
+        self.rooms.planning.review(&located.entry, live.as_ref(), Timestamp::now(), planned).await
+    }
+
+    /// Locks the runs of the domain's policy, so that its commands run once at a time. Operations on
+    /// the domain are not locked out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where another process runs it.
+    pub async fn policy_turn(&self, domain: &DomainRef) -> Result<Lease> {
+        self.rooms.registrar.policy_turn(domain).await
+    }
+
+    async fn refuse_interrupted(&self, name: &DomainName) -> Result<()> {
+        let unfinished = self.rooms.records.unfinished(name).await?;
+        let Some(unfinished) = unfinished.first() else { return Ok(()) };
+        Err(Error::new(
+            ErrorKind::NeedsRecovery,
+            format!("a {} of domain {name} is {}", unfinished.plan.operation, unfinished.state),
+        )
+        .state("it runs just now, or stopped half way; no changes made")
+        .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")))
     }
 
     async fn change(

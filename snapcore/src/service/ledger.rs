@@ -54,6 +54,12 @@ impl Ledger {
         self.catalogue.lease(name.as_str(), &holder, LEASE_TIME).await
     }
 
+    /// Locks the runs of a domain's policy. The lock has a name that no domain can have.
+    pub(super) async fn lease_of_policy(&self, name: &DomainName) -> Result<Lease> {
+        let holder = format!("domsnap, process {}", std::process::id());
+        self.catalogue.lease(&format!("the policy of {name}"), &holder, LEASE_TIME).await
+    }
+
     /// Records changes of a domain that the catalogue has at `expected`.
     pub(super) async fn commit(
         &self,

@@ -44,7 +44,7 @@ pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, PastOperation,
-    Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, StartedClone, Unfinished,
+    PolicyChange, Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, StartedClone, Unfinished,
 };
 pub use viewer::{
     Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot,

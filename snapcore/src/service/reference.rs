@@ -7,6 +7,7 @@ use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Control, DomainInfo, Obstacle, SeenDisk};
 use crate::name::{DomainName, Target};
+use crate::policy::PolicySpec;
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -307,6 +308,8 @@ pub struct DomainSpec {
     pub active_path: ActivePath,
     /// Its disks, in the order of its configuration. Relative paths are taken from the current directory.
     pub disks: Vec<Disk>,
+    /// Its policy.
+    pub policy: Option<PolicySpec>,
 }
 
 impl DomainSpec {
@@ -318,6 +321,7 @@ impl DomainSpec {
             control: None,
             active_path: ActivePath::Keep,
             disks: Vec::new(),
+            policy: None,
         }
     }
 

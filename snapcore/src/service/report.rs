@@ -10,6 +10,7 @@ use crate::domain::{DiskRecord, Domain};
 use crate::hypervisor::{GuestChange, StartedDomain};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::operation::{OperationId, OperationState};
+use crate::policy::Policy;
 use crate::shape::subject;
 use crate::snapshot::{Point, PointKind, Snapshot, SnapshotTree};
 use crate::state::{DiskState, Layer};
@@ -299,6 +300,22 @@ pub struct ImportReport {
     pub adopted: Vec<SnapshotName>,
     /// Messages: the parts that could not be imported, and why.
     pub notes: Vec<String>,
+}
+
+/// The result of a change of a domain's policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct PolicyChange {
+    /// The domain.
+    pub domain: DomainName,
+    /// Its policy now.
+    pub policy: Option<Policy>,
+    /// Its policy before.
+    pub before: Option<Policy>,
+    /// Snapshots that the policy took: of the policy now, or else of the one before.
+    pub own: Vec<SnapshotName>,
+    /// Snapshots that an earlier policy took, and that no policy prunes.
+    pub others: Vec<SnapshotName>,
 }
 
 /// The result of the removal of a domain from the catalogue.

@@ -20,6 +20,7 @@
 //! | `FAULTFS_FAIL_KIND` | the kind of operations that all fail, as on a file system that does not have it: `link` |
 //! | `FAULTFS_FAIL_PATH` | a part of the paths on which they fail; all where it is not given |
 //! | `FAULTFS_FORGET_FLUSH` | a part of paths whose flushes are not recorded, as of a program that forgets to flush |
+//! | `FAULTFS_CLOCK` | the time at which the program's clock begins, in seconds since 1970; it goes on from there |
 //! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT`, `EPERM` |
 //!
 //! `qmp.rs` has the same for the commands that the program sends to a QEMU.
@@ -35,6 +36,7 @@
 //! the workspace), stores to shared mappings, and io_uring. A test compares its count with strace's to
 //! notice.
 
+mod clock;
 mod hooks;
 mod qmp;
 mod real;

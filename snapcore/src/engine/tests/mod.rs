@@ -85,6 +85,7 @@ impl Bench {
             disks,
             current: None,
             machines: Vec::new(),
+            policy: None,
         };
         let put = vec![Change::PutDomain(Box::new(domain), Vec::new())];
         bench.catalogue.commit(&domain_name(), Revision::ABSENT, put).await.unwrap();

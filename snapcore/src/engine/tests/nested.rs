@@ -89,6 +89,7 @@ async fn run_on(backend: &FakeBackend, disks: &[&str]) -> (Result<Run>, Entry) {
         disks: records,
         current: None,
         machines: Vec::new(),
+        policy: None,
     };
     let catalogue = FakeCatalogue::default();
     let put = vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())];

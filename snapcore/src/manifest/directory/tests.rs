@@ -29,6 +29,7 @@ fn snapshot(name: &str) -> Snapshot {
         holds: Vec::new(),
         deferred: false,
         expires: None,
+        policy: None,
     }
 }
 
@@ -46,6 +47,7 @@ fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
             disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],
             current: snapshots.last().map(|snapshot| snapshot.id),
             machines: Vec::new(),
+            policy: None,
         },
         tree: SnapshotTree::new(snapshots.to_vec()),
         revision: Revision(revision),

@@ -175,6 +175,7 @@ mod tests {
                 disks: vec![DiskRecord { disk, active: layers[0].clone(), owned: layers.to_vec() }],
                 current: None,
                 machines: Vec::new(),
+                policy: None,
             },
             tree: SnapshotTree::new(Vec::new()),
             revision: Revision(revision),

@@ -201,6 +201,7 @@ impl Importer {
             disks: records,
             current,
             machines,
+            policy: matched.source.known.as_ref().and_then(|entry| entry.domain.policy.clone()),
         };
         let follows = matched.manifest().map(DomainManifest::stamp);
         let entry = Entry { domain, tree, revision: Revision::ABSENT, follows };

@@ -19,8 +19,9 @@ use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
 use crate::error::Result;
 use crate::plan::DiskInput;
+use crate::policy::PolicyReview;
 use crate::registry::Registry;
-use crate::request::{CreateDisk, Request};
+use crate::request::{CreateDisk, DeleteRequest, Request};
 use crate::shape::Plan;
 
 pub(super) use live::chains_of;
@@ -69,6 +70,45 @@ impl Planning {
                 return crate::plan::records_only(&entry.domain, &entry.tree, request, Timestamp::now());
             }
         };
+        let (disks, without) = self.disks_for(entry, live, request, depth).await?;
+        let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
+        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+        let saver = saver.as_deref();
+        let mut plan =
+            crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), saver, request).await?;
+        plan.notes.extend(without);
+        if let Some(live) = live {
+            live.preflight(&plan, &[], false).await?;
+        }
+        let notes = notes::notes_on(&self.registry, &entry.domain, live, request, &plan);
+        plan.notes.extend(notes);
+        Ok(plan)
+    }
+
+    /// What a run of the domain's policy would do at the time `now`; with `planned`, after it has taken a
+    /// snapshot that is due.
+    pub(super) async fn review(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        now: Timestamp,
+        planned: bool,
+    ) -> Result<PolicyReview> {
+        // Without a policy, no image needs to be read.
+        crate::policy::policy_of(&entry.domain)?;
+        let request = Request::Delete(DeleteRequest::new(Vec::new()));
+        let (disks, _) = self.disks_for(entry, live, &request, InspectDepth::Dependents).await?;
+        crate::policy::review(&entry.domain, &entry.tree, &disks, now, planned)
+    }
+
+    /// Reads the disks that take part in `request`. Returns notes on the others too.
+    async fn disks_for(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        request: &Request,
+        depth: InspectDepth,
+    ) -> Result<(Vec<DiskInput>, Vec<String>)> {
         let mut disks = Vec::new();
         let mut without = Vec::new();
         for record in &entry.domain.disks {
@@ -101,18 +141,7 @@ impl Planning {
         if depth == InspectDepth::Dependents {
             self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
-        let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
-        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
-        let saver = saver.as_deref();
-        let mut plan =
-            crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), saver, request).await?;
-        plan.notes.extend(without);
-        if let Some(live) = live {
-            live.preflight(&plan, &[], false).await?;
-        }
-        let notes = notes::notes_on(&self.registry, &entry.domain, live, request, &plan);
-        plan.notes.extend(notes);
-        Ok(plan)
+        Ok((disks, without))
     }
 
     /// Returns the part of a disk in what `request` does.

@@ -3,6 +3,7 @@
 
 mod disks;
 mod import;
+mod policy;
 
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::host::Host;
 use crate::name::DomainName;
+use crate::policy::{Policy, PolicyId};
 use crate::registry::Registry;
 
 fn not_catalogued(reference: &DomainRef) -> Error {
@@ -75,10 +77,13 @@ impl Registrar {
             Some(owner) => Some(self.unregistered_for(&owner, &spec, &cancel).await?),
         };
         let before = before.as_ref().map(|(entry, _lease)| entry);
-        let imported = self
+        if let Some(policy) = &spec.policy {
+            policy.check()?;
+        }
+        let mut imported = self
             .importer
             .import(ImportSource {
-                name: Some(spec.name),
+                name: Some(spec.name.clone()),
                 hypervisor: spec.hypervisor,
                 control: spec.control,
                 active_path: spec.active_path,
@@ -95,6 +100,7 @@ impl Registrar {
             // Its manifests are whole: if this ends between the two transactions, they bring it back.
             self.ledger.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
         }
+        imported.entry.domain.policy = spec.policy.map(|policy| Policy::new(PolicyId::fresh(), policy));
         let mut report = self.enter(imported, Revision::ABSENT, false).await?;
         report.notes.splice(0..0, followed);
         Ok(report)
@@ -107,6 +113,12 @@ impl Registrar {
         let name = entry.domain.name.clone();
         if !catalogued {
             return Err(not_catalogued(&reference));
+        }
+        if entry.domain.policy.is_some() {
+            // Its timer would run on, and fail each time.
+            return Err(Error::new(ErrorKind::Refused, format!("domain {name} has a policy"))
+                .state("no changes made")
+                .advise(format!("remove that first: `domsnap policy remove {name}`")));
         }
         // Nothing would end it without the domain.
         if let Some(message) = self.locator.end_interrupted_start(&entry.domain).await? {
