@@ -27,6 +27,7 @@ use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
 
 use crate::copy::{self, Watch};
 use crate::place::reflink;
+use crate::state::Sort;
 
 /// Method of making a file with the content of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +77,9 @@ pub enum RawStep {
         /// As of a copy.
         #[serde(default)]
         reserve: bool,
+        /// The clone's own copy of the point, if it keeps one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        point: Option<LayerName>,
     },
     /// Publishes clones, each a directory of its own.
     PublishClones { places: Vec<ClonePlace> },
@@ -120,6 +124,9 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
 pub(crate) struct StepRunner<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) watch: Watch<'a>,
+    pub(crate) sort: Sort,
+    /// True if another process began the operation: the domain may have run since.
+    pub(crate) resumed: bool,
 }
 
 impl StepRunner<'_> {
@@ -139,10 +146,11 @@ impl StepRunner<'_> {
             }
             RawStep::Name { layer } => self.files.name(layer),
             RawStep::Switch { from, to } => self.files.switch(from, to),
+            RawStep::Unname { layer } if self.sort == Sort::Tpm => self.complete_switch(layer),
             RawStep::Unname { layer } => self.files.unname(layer),
             RawStep::Remove { layers } => self.files.remove(layers, |file| Some(copy::sum_file(file))),
-            RawStep::Clone { files, from, method, reserve } => {
-                self.clone_disk(files, from, *method, *reserve)
+            RawStep::Clone { files, from, method, reserve, point } => {
+                self.clone_disk(files, from, *method, *reserve, point.as_ref())
             }
             RawStep::PublishClones { places } => clones::publish_clones(places),
         }
@@ -168,7 +176,15 @@ impl StepRunner<'_> {
             }
             RawStep::Name { layer } => self.files.unname(layer),
             RawStep::Switch { from, to } => self.files.undo_switch(from, to),
-            RawStep::Clone { files, .. } => files.undo(&[]),
+            RawStep::Clone { files, point, .. } => {
+                let names = |point: &LayerName| {
+                    let file = layer_path(&files.unfinished_image(), point);
+                    let sum = copy::sum_file(&file);
+                    let all = [names::unfinished_name(&file), names::unfinished_name(&sum), sum, file];
+                    all.map(|file| file.file_name().unwrap_or_default().to_owned()).to_vec()
+                };
+                files.undo(&point.as_ref().map(names).unwrap_or_default())
+            }
             RawStep::PublishClones { places } => clones::unpublish_clones(places),
             RawStep::Unname { .. } | RawStep::Remove { .. } => Err(Error::new(
                 ErrorKind::Internal,
@@ -226,6 +242,20 @@ impl StepRunner<'_> {
         Ok(Salvage::Saved(kept_layer_message(record, &file, &kept)))
     }
 
+    /// Removes the own name of the TPM state that the path was moved to. Until its domain had ended, a TPM
+    /// may have carried out a command that its guest gave it before the pause, and put another state in its
+    /// place: then the path is moved to it again. After a crash that state may be of a domain that was
+    /// started since, and stays.
+    fn complete_switch(&self, layer: &LayerName) -> Result<()> {
+        if !self.files.is_there(layer)? {
+            return Ok(());
+        }
+        if !self.files.is_named_by_path(layer)? && !self.resumed {
+            names::move_name(self.path(), &self.file(layer))?;
+        }
+        names::remove(&self.file(layer))
+    }
+
     fn overlay<'a>(&'a self, layer: &'a LayerName) -> NewOverlay<'a> {
         NewOverlay { files: &self.files, layer }
     }
@@ -249,11 +279,23 @@ impl StepRunner<'_> {
         from: &LayerName,
         method: CopyMethod,
         reserve: bool,
+        point: Option<&LayerName>,
     ) -> Result<()> {
         files.begin()?;
         let (source, file) = (self.source(Some(from)), files.unfinished_image());
         copy::verify(&source, self.watch)?;
         let old = names::open_own(&source, false)?;
+        // The image comes last: where it has its name, the step is done.
+        if let Some(point) = point {
+            let kept = layer_path(&file, point);
+            names::remove_name(&kept)?;
+            names::write_new(&kept, &source, |new, passing| {
+                let sum = copy::copy(&old, &source, &new, passing, reserve, self.watch)?;
+                copy::write_sum(&kept, sum)?;
+                new.sync_all()
+                    .map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))
+            })?;
+        }
         names::write_new(&file, &source, |new, passing| {
             match method {
                 CopyMethod::Reflink => {
