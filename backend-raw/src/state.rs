@@ -2,13 +2,13 @@
 //!
 //! They are raw files, and points of them are copies. What distinguishes them from disks:
 //!
-//! - They are small, so that they are copied while the guest is paused, on any file system, and each copy has
-//!   a checksum.
-//! - QEMU has the flash in its memory and writes changes to the file at once. With the memory of a snapshot it
-//!   gets the flash of the snapshot, and writes it to the file when the guest goes on. So in a running machine
-//!   the file is never exchanged.
+//! - They are small, so that they are copied while the guest is paused, on any file system, and each copy
+//!   has a checksum.
+//! - QEMU has the flash in its memory and writes changes to the file at once. With the memory of a snapshot
+//!   it gets the flash of the snapshot, and writes it to the file when the guest goes on. So in a running
+//!   machine the file is never exchanged.
 //! - swtpm has its file not open. It reads it when the machine starts or is reset, and writes another one in
-//!   its place (`rename`) at each change. From the first start on it has the file `.lock` beside it locked.
+//!   its place (`rename`) at each change. While a machine uses it, it has the file `.lock` beside it locked.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -46,7 +46,8 @@ impl Sort {
         }
     }
 
-    /// The longest file of the sort: what is longer is something else, and is not copied under a paused guest.
+    /// The longest file of the sort: what is longer is something else, and is not copied under a paused
+    /// guest.
     fn limit(self) -> u64 {
         match self {
             Self::Disk => u64::MAX,
@@ -115,7 +116,8 @@ pub(crate) struct TpmLocks(Mutex<HashMap<Utf8PathBuf, Weak<TpmLock>>>);
 pub(crate) struct TpmLock(Mutex<Option<File>>);
 
 impl TpmLocks {
-    /// Locks the state at `path` against swtpm. Where swtpm never made its lock file, there is nothing to lock.
+    /// Locks the state at `path` against swtpm. Where swtpm never made its lock file, there is nothing to
+    /// lock.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if swtpm uses it.

@@ -137,10 +137,10 @@ impl StepRunner<'_> {
             RawStep::WriteOut => write_out(path),
             RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
             RawStep::Copy { from, layer, method, published_later, reserve } => {
-                self.copy(from.as_ref(), layer, *method, *reserve)?;
-                if *published_later { Ok(()) } else { self.publish(layer) }
+                self.copy(from.as_ref(), layer, *method, *reserve, *published_later)?;
+                if *published_later { Ok(()) } else { self.publish(layer, false) }
             }
-            RawStep::Publish { layer } => self.publish(layer),
+            RawStep::Publish { layer } => self.publish(layer, self.sort != Sort::Disk),
             RawStep::CreateOverlay { layer, virtual_size } => {
                 self.overlay(layer).create("raw", *virtual_size)
             }
@@ -321,6 +321,7 @@ impl StepRunner<'_> {
         layer: &LayerName,
         method: CopyMethod,
         reserve: bool,
+        published_later: bool,
     ) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
         if from.is_some() {
@@ -343,8 +344,10 @@ impl StepRunner<'_> {
             }
             CopyMethod::Copy => {
                 let sum = copy::copy(&old, &source, &new, &passing, reserve, self.watch)?;
-                // The new current image changes as soon as the domain runs. Only a point has a checksum.
-                if from.is_none() {
+                // The new current image changes as soon as the domain runs. Only a point has a checksum. That
+                // of a small file is computed later, when the guest is not paused.
+                let later = published_later && self.sort != Sort::Disk;
+                if from.is_none() && !later {
                     copy::write_sum(&file, sum)?;
                 }
             }
@@ -352,14 +355,18 @@ impl StepRunner<'_> {
         Ok(())
     }
 
-    /// Makes a copy durable, then gives it its name. If that was done before, nothing happens.
-    fn publish(&self, layer: &LayerName) -> Result<()> {
+    /// Makes a copy durable, then gives it its name. With `sums` it gets its checksum first, if it has none.
+    /// If that was done before, nothing happens.
+    fn publish(&self, layer: &LayerName, sums: bool) -> Result<()> {
         let file = self.file(layer);
         let passing = names::unfinished_name(&file);
         if names::file_id(&passing)?.is_none() && names::file_id(&file)?.is_some() {
             return Ok(());
         }
         let made = names::open_own(&passing, false)?;
+        if sums && names::file_id(&copy::sum_file(&file))?.is_none() {
+            copy::write_sum(&file, copy::sum(&made, &passing, self.watch)?)?;
+        }
         made.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
         names::publish(&passing, &file, Some(&made))
     }

@@ -1,11 +1,12 @@
 //! Files of a machine's state beside its disks: firmware variables, a TPM.
 //!
-//! Nothing is done to them in QEMU. They are found, so that snapshots have copies of them, which are made while
-//! the guest is paused: QEMU has written all of the flash to its file then, and swtpm each change of its state.
+//! Nothing is done to them in QEMU. They are found, so that snapshots have copies of them, which are made
+//! while the guest is paused: QEMU has written all of the flash to its file then, and swtpm each change of
+//! its state.
 //!
 //! No query names the directory of a TPM. It is known by the process that serves the socket of the TPM's
-//! character device, and by the lock file that this process has open in the directory: the kernel reports both.
-//! What the process says of itself, its command line, is not asked.
+//! character device, and by the lock file that this process has open in the directory: the kernel reports
+//! both. What the process says of itself, its command line, is not asked.
 
 use std::{
     collections::HashSet,

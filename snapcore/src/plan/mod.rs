@@ -192,6 +192,7 @@ impl Planner<'_> {
         };
         if !points.iter().any(is_of_a_disk) {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
+                .state("no changes made")
                 .advise("leave at least one disk in"));
         }
         for disk in &skipped {
