@@ -87,9 +87,8 @@ impl DiskSnapshotter for Raw {
         let files = Capabilities::new(PointKind::External, 1).live();
         match self.sort {
             Sort::Disk => files.methods(METHODS).reads_points(),
-            Sort::FirmwareVariables => files.methods(["copy"]).machine_state().reads_points(),
-            // Its length is no disk's.
-            Sort::Tpm => files.methods(["copy"]).machine_state(),
+            // An export would make it an image of another format, and no machine has its state in such a one.
+            Sort::FirmwareVariables | Sort::Tpm => files.methods(["copy"]).machine_state(),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::hypervisor::{AttachedDisk, Control, DomainInfo, LiveDomain, SeenDisk};
+use crate::service::images::known_address;
 
 /// A connection to a running domain.
 pub(in crate::service) type Live = Arc<dyn LiveDomain>;
@@ -177,7 +178,9 @@ impl Locator {
         let owner = owners.first().map(|(_, owner)| owner.clone());
         let mut unfit = Vec::new();
         for file in state {
-            let of = self.records.owners(std::slice::from_ref(&file.address)).await.unwrap_or_default();
+            let address = known_address(&self.registry, &file.address).await;
+            let address = address.unwrap_or_else(|_| file.address.clone());
+            let of = self.records.owners(std::slice::from_ref(&address)).await.unwrap_or_default();
             let of = of.first().map(|(_, owner)| owner);
             let why = match (of, &owner) {
                 (Some(of), owner) if owner.as_ref() != Some(of) => {
@@ -188,7 +191,7 @@ impl Locator {
                     file.target, file.address, file.format
                 ),
                 _ => {
-                    let disk = Disk::new(file.target.clone(), file.address.clone(), file.format.as_str());
+                    let disk = Disk::new(file.target.clone(), address, file.format.as_str());
                     let adopted = match self.registry.serving(&disk) {
                         Ok(backend) => backend.adopt(&disk, ActivePath::Keep).await.map(drop),
                         Err(error) => Err(error),

@@ -242,13 +242,14 @@ impl Viewer {
                 left_out.push(format!("{target} is {}", snapshot.why_without(target)));
                 continue;
             };
+            let backend = self.registry.serving(&record.disk)?;
             if let Some(why) = self.unread_state(record)? {
-                left_out.push(why);
+                let copy = backend.layer_address(record, &member.point.layer);
+                left_out.push(format!("{why}; it is the file {copy}"));
                 continue;
             }
             let state = self.state(record, &live).await?;
             require_recorded(member, &state)?;
-            let backend = self.registry.serving(&record.disk)?;
             let image = backend.open_point(record, &state, &member.point).await?;
             let layer = state.layer(&member.point.layer).map_or(&record.disk.address, |found| &found.address);
             disks.push(OpenDisk { target: target.clone(), layer: layer.clone(), image });
@@ -265,12 +266,10 @@ impl Viewer {
     /// for it.
     fn unread_state(&self, record: &DiskRecord) -> Result<Option<String>> {
         let can = self.registry.serving(&record.disk)?.capabilities();
-        let Disk { target, address, format } = &record.disk;
-        Ok((can.machine_state && !can.reads_points).then(|| {
-            format!(
-                "{target} ({address}) is state of the machine (format {format}), which is not read as a disk"
-            )
-        }))
+        let Disk { target, format, .. } = &record.disk;
+        let why =
+            || format!("{target} is state of the machine (format {format}), which is not read as a disk");
+        Ok((can.machine_state && !can.reads_points).then(why))
     }
 
     fn require_disks(&self, entry: &Entry, targets: &[Target]) -> Result<()> {
