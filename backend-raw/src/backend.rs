@@ -26,18 +26,31 @@ use crate::copy::{self, Watch};
 use crate::layers;
 use crate::plan::{self, METHODS};
 use crate::reading;
+use crate::state::{Sort, TpmLocks};
 use crate::steps::{self, RawStep, StepRunner};
 
 /// Disks that are raw files.
 #[derive(Default)]
 pub struct Raw {
     locks: Arc<DiskLocks>,
+    sort: Sort,
+    tpms: Arc<TpmLocks>,
 }
 
 impl Raw {
     /// Makes the backend.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Makes the backend of files with firmware variables ([`snapcore::hypervisor::FIRMWARE_VARIABLES`]).
+    pub fn firmware_variables() -> Self {
+        Self { sort: Sort::FirmwareVariables, ..Self::default() }
+    }
+
+    /// Makes the backend of files with the state of a TPM ([`snapcore::hypervisor::TPM_STATE`]).
+    pub fn tpm() -> Self {
+        Self { sort: Sort::Tpm, ..Self::default() }
     }
 
     fn step<T>(
@@ -50,7 +63,7 @@ impl Raw {
         let locks = self.locks.of(context.disk.disk.path());
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
         let files = FileSteps { record: context.disk, locks: locks.as_deref(), open };
-        let place = StepRunner { files, watch };
+        let place = StepRunner { files, watch, sort: self.sort, resumed: context.resumed };
         in_place(|| work(&place, &step.action))
     }
 }
@@ -67,11 +80,16 @@ impl DiskSnapshotter for Raw {
     type Action = RawStep;
 
     fn format(&self) -> &str {
-        "raw"
+        self.sort.format()
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, 1).live().methods(METHODS).reads_points()
+        let files = Capabilities::new(PointKind::External, 1).live();
+        match self.sort {
+            Sort::Disk => files.methods(METHODS).reads_points(),
+            // An export would make it an image of another format, and no machine has its state in such a one.
+            Sort::FirmwareVariables | Sort::Tpm => files.methods(["copy"]).machine_state(),
+        }
     }
 
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<RawStep>) -> Leftover {
@@ -87,9 +105,10 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn adopt(&self, disk: &Disk, _active_path: ActivePath) -> Result<DiskRecord> {
-        let disk = disk.clone();
+        let (disk, sort) = (disk.clone(), self.sort);
         blocking(move || {
             layers::check_path(&disk)?;
+            sort.check(&disk)?;
             let active = layers::active_name(&disk);
             Ok(DiskRecord::new(disk, active.clone()).owned(vec![active]))
         })
@@ -125,8 +144,8 @@ impl DiskSnapshotter for Raw {
         active_path: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan<RawStep>> {
-        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
-        blocking(move || plan::plan(&disk, &state, active_path, &request)).await
+        let (disk, state, request, sort) = (disk.clone(), state.clone(), request.clone(), self.sort);
+        blocking(move || plan::plan(sort, &disk, &state, active_path, &request)).await
     }
 
     async fn plan_clone(
@@ -135,8 +154,8 @@ impl DiskSnapshotter for Raw {
         state: &DiskState,
         request: &CloneDisk,
     ) -> Result<ClonePlan<RawStep>> {
-        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
-        blocking(move || plan::clones(&disk, &state, &request)).await
+        let (disk, state, request, sort) = (disk.clone(), state.clone(), request.clone(), self.sort);
+        blocking(move || plan::clones(sort, &disk, &state, &request)).await
     }
 
     async fn open_point(
@@ -171,13 +190,19 @@ impl DiskSnapshotter for Raw {
             names::require_private_directory_of(disk.disk.path())?;
         }
         let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
+        // A TPM puts another file in the place of its own while it runs.
+        let at_rest = at_rest && (self.sort != Sort::Tpm || attached.is_none());
+        let mut tpm = None;
         if at_rest {
             if is_device {
                 layers::refuse_used_device(disk.disk.path())?;
             }
+            if self.sort == Sort::Tpm {
+                tpm = self.tpms.lock(disk.disk.path())?;
+            }
             locks.lock(disk.disk.path())?;
         }
-        Ok(Box::new(locks))
+        Ok(Box::new((locks, tpm)))
     }
 
     async fn borrow(&self, disk: &DiskRecord) -> Result<Option<Guard>> {
@@ -188,6 +213,7 @@ impl DiskSnapshotter for Raw {
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         let (locks, path) = (Arc::clone(&self.locks), disk.disk.path().to_owned());
+        self.tpms.yield_of(&path);
         blocking(move || locks.yield_of(&path)).await
     }
 

@@ -12,6 +12,8 @@
 //! hex>.<ext>` beside it, and has no backing file. After the third the disk has another path and format, and
 //! belongs to backend-qcow2, on a raw base.
 //!
+//! Files of a machine's state (`state.rs`) are raw files too, of formats of their own: `nvram`, `tpm`.
+//!
 //! An image is raw because the user stated it. This crate never probes the content.
 
 #![forbid(unsafe_code)]
@@ -22,6 +24,7 @@ mod layers;
 mod place;
 mod plan;
 mod reading;
+mod state;
 mod steps;
 
 use std::sync::Arc;
@@ -29,10 +32,12 @@ use std::sync::Arc;
 pub use backend::Raw;
 pub use place::can_reflink;
 
-/// Registers the backend.
+/// Registers the backends of raw disks, of firmware variables, and of the state of TPMs.
 ///
 /// # Errors
-/// If the registry has a backend for raw already.
+/// If the registry has a backend for one of these already.
 pub fn register(registry: &mut snapcore::Registry) -> snapcore::Result<()> {
-    registry.register(Arc::new(Raw::new()))
+    registry.register(Arc::new(Raw::new()))?;
+    registry.register(Arc::new(Raw::firmware_variables()))?;
+    registry.register(Arc::new(Raw::tpm()))
 }

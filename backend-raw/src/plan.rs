@@ -10,13 +10,14 @@ use image_files::names::{self, io_error};
 use snapcore::backend::{CloneDisk, ClonePlan, DiskPlan, DiskRequest, DiskState, InstantPlan, Layer};
 use snapcore::hypervisor::DiskInstant;
 use snapcore::{
-    ActivePath, DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, PointKind, Result, Step,
-    shown_size,
+    ActivePath, DiskPoint, DiskRecord, Edit, Error, ErrorKind, Group, LayerName, Point, PointKind, Result,
+    Step, shown_size,
 };
 
 use crate::copy::is_reserved;
 use crate::layers::is_device;
 use crate::place::can_reflink;
+use crate::state::Sort;
 use crate::steps::{CopyMethod, RawStep};
 
 /// The methods that a user may request.
@@ -24,12 +25,13 @@ pub(crate) const METHODS: [&str; 3] = ["reflink", "copy", "overlay"];
 
 /// Plans the steps of `request`.
 pub(crate) fn plan(
+    sort: Sort,
     record: &DiskRecord,
     state: &DiskState,
     active_path: ActivePath,
     request: &DiskRequest,
 ) -> Result<DiskPlan<RawStep>> {
-    let mut planner = Planner { record, state, active_path, plan: DiskPlan::default() };
+    let mut planner = Planner { sort, record, state, active_path, plan: DiskPlan::default() };
     match request {
         DiskRequest::Create { kind, method, overlay, stamp, .. } => {
             planner.create(*kind, method.as_deref(), overlay.as_ref(), *stamp)?;
@@ -48,6 +50,7 @@ pub(crate) fn plan(
 
 /// Plans clones of a point: files that share its blocks, or copies.
 pub(crate) fn clones(
+    sort: Sort,
     record: &DiskRecord,
     state: &DiskState,
     request: &CloneDisk,
@@ -62,7 +65,7 @@ pub(crate) fn clones(
     };
     check_places(&request.clones, record.disk.path())?;
     let shares = match request.clones.first() {
-        Some(place) if !request.full => {
+        Some(place) if !request.full && sort == Sort::Disk => {
             let device = |path: &Utf8Path| std::fs::metadata(path).map(|about| about.dev()).ok();
             let above = place.directory.parent();
             above.and_then(device) == device(point.path()) && can_reflink(&place.directory)?
@@ -83,11 +86,13 @@ pub(crate) fn clones(
             CopyMethod::Reflink => format!("make {} as a reflink of {layer}", files.image),
             CopyMethod::Copy => format!("copy {layer} into {}", files.image),
         };
-        (RawStep::Clone { files, from: layer.clone(), method, reserve }, what)
+        (RawStep::Clone { files, from: layer.clone(), method, reserve, point: None }, what)
     };
     let publish = |places| RawStep::PublishClones { places };
     let mut made = clone_plan(record, &request, &[], bytes, make, publish)?;
-    if bytes > 0 && !request.full {
+    if sort != Sort::Disk {
+        finish_state_clones(sort, record, point, &request, &mut made)?;
+    } else if bytes > 0 && !request.full {
         made.plan.notes.push(format!(
             "{target}: the file system shares no blocks between files there: {} are copied for each clone",
             shown_size(bytes)
@@ -96,7 +101,38 @@ pub(crate) fn clones(
     Ok(made)
 }
 
+/// Completes the clones of a file of a machine's state. A TPM finds its file by its name. Where the clone is
+/// to keep the point, the machine's memory comes with it: it has a copy of its own, as of every point.
+fn finish_state_clones(
+    sort: Sort,
+    source: &DiskRecord,
+    point: &Layer,
+    request: &CloneDisk,
+    made: &mut ClonePlan<RawStep>,
+) -> Result<()> {
+    let mut kept = Vec::new();
+    for (step, record) in made.plan.prepare.iter_mut().zip(&mut made.disks) {
+        let RawStep::Clone { files, point: keeps, .. } = &mut step.action else { continue };
+        if sort == Sort::Tpm {
+            files.image = source.disk.path().file_name().unwrap_or_default().to_owned();
+            record.disk.address = files.place.directory.join(&files.image).into();
+            record.active = LayerName(files.image.clone());
+            record.owned = vec![record.active.clone()];
+        }
+        if request.keep.is_some() {
+            let name = layer_name(record.disk.path(), request.stamp);
+            record.owned.push(name.clone());
+            let target = record.disk.target.clone();
+            kept.push(DiskPoint::new(target, Point::external(name.clone()), point.virtual_size));
+            *keeps = Some(name);
+        }
+    }
+    made.points = kept;
+    Ok(())
+}
+
 struct Planner<'a> {
+    sort: Sort,
     record: &'a DiskRecord,
     state: &'a DiskState,
     active_path: ActivePath,
@@ -128,9 +164,12 @@ impl Planner<'_> {
         if kind == Some(PointKind::Internal) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("{target}: a raw disk has no internal snapshots"),
+                format!("{target}: {} has no internal snapshots", self.sort.what()),
             )
             .advise("leave --internal out"));
+        }
+        if self.sort != Sort::Disk {
+            return self.copy(CopyMethod::Copy, chosen, stamp);
         }
         let is_device = is_device(self.path());
         let method = match method {
@@ -162,6 +201,14 @@ impl Planner<'_> {
             None if self.active_path == ActivePath::New => return self.overlay(chosen, stamp),
             None => return Err(self.shares_no_blocks("keep it on btrfs or xfs")),
         };
+        self.copy(method, chosen, stamp)
+    }
+
+    /// Makes the point a file of its own.
+    fn copy(&mut self, method: CopyMethod, chosen: Option<&LayerName>, stamp: u32) -> Result<()> {
+        let target = &self.record.disk.target;
+        // It may be another file than the one that was registered.
+        self.sort.check_size(self.path(), self.active()?.virtual_size)?;
         if method == CopyMethod::Copy {
             self.require_room(self.active()?.allocated)?;
         }
@@ -170,7 +217,7 @@ impl Planner<'_> {
         let bytes = if method == CopyMethod::Copy { self.active()?.allocated } else { 0 };
         if live {
             self.push(Group::Prepare, &RawStep::WriteOut, format!("write {} out", self.path()), 0);
-            if method == CopyMethod::Copy {
+            if method == CopyMethod::Copy && self.sort == Sort::Disk {
                 self.plan.notes.push(format!(
                     "{target}: the guest is paused while {} are copied, as requested",
                     shown_size(bytes)
@@ -387,7 +434,9 @@ impl Planner<'_> {
             .state("no changes made")
             .advise("take a snapshot first and rebase the image onto the file that it makes, or remove it"));
         }
-        let method = if can_reflink(self.path())? { CopyMethod::Reflink } else { CopyMethod::Copy };
+        self.sort.check_size(point.path(), point.virtual_size)?;
+        let shares = self.sort == Sort::Disk && can_reflink(self.path())?;
+        let method = if shares { CopyMethod::Reflink } else { CopyMethod::Copy };
         let new = self.new_layer(None, stamp)?;
         let previous = self.new_layer(None, stamp.wrapping_add(1))?;
         let bytes = if method == CopyMethod::Copy { point.allocated } else { 0 };

@@ -27,6 +27,7 @@ use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, Step};
 
 use crate::copy::{self, Watch};
 use crate::place::reflink;
+use crate::state::Sort;
 
 /// Method of making a file with the content of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +77,9 @@ pub enum RawStep {
         /// As of a copy.
         #[serde(default)]
         reserve: bool,
+        /// The clone's own copy of the point, if it keeps one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        point: Option<LayerName>,
     },
     /// Publishes clones, each a directory of its own.
     PublishClones { places: Vec<ClonePlace> },
@@ -120,6 +124,9 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
 pub(crate) struct StepRunner<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) watch: Watch<'a>,
+    pub(crate) sort: Sort,
+    /// True if another process began the operation: the domain may have run since.
+    pub(crate) resumed: bool,
 }
 
 impl StepRunner<'_> {
@@ -130,19 +137,20 @@ impl StepRunner<'_> {
             RawStep::WriteOut => write_out(path),
             RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
             RawStep::Copy { from, layer, method, published_later, reserve } => {
-                self.copy(from.as_ref(), layer, *method, *reserve)?;
-                if *published_later { Ok(()) } else { self.publish(layer) }
+                self.copy(from.as_ref(), layer, *method, *reserve, *published_later)?;
+                if *published_later { Ok(()) } else { self.publish(layer, false) }
             }
-            RawStep::Publish { layer } => self.publish(layer),
+            RawStep::Publish { layer } => self.publish(layer, self.sort != Sort::Disk),
             RawStep::CreateOverlay { layer, virtual_size } => {
                 self.overlay(layer).create("raw", *virtual_size)
             }
             RawStep::Name { layer } => self.files.name(layer),
             RawStep::Switch { from, to } => self.files.switch(from, to),
+            RawStep::Unname { layer } if self.sort == Sort::Tpm => self.complete_switch(layer),
             RawStep::Unname { layer } => self.files.unname(layer),
             RawStep::Remove { layers } => self.files.remove(layers, |file| Some(copy::sum_file(file))),
-            RawStep::Clone { files, from, method, reserve } => {
-                self.clone_disk(files, from, *method, *reserve)
+            RawStep::Clone { files, from, method, reserve, point } => {
+                self.clone_disk(files, from, *method, *reserve, point.as_ref())
             }
             RawStep::PublishClones { places } => clones::publish_clones(places),
         }
@@ -168,7 +176,15 @@ impl StepRunner<'_> {
             }
             RawStep::Name { layer } => self.files.unname(layer),
             RawStep::Switch { from, to } => self.files.undo_switch(from, to),
-            RawStep::Clone { files, .. } => files.undo(&[]),
+            RawStep::Clone { files, point, .. } => {
+                let names = |point: &LayerName| {
+                    let file = layer_path(&files.unfinished_image(), point);
+                    let sum = copy::sum_file(&file);
+                    let all = [names::unfinished_name(&file), names::unfinished_name(&sum), sum, file];
+                    all.map(|file| file.file_name().unwrap_or_default().to_owned()).to_vec()
+                };
+                files.undo(&point.as_ref().map(names).unwrap_or_default())
+            }
             RawStep::PublishClones { places } => clones::unpublish_clones(places),
             RawStep::Unname { .. } | RawStep::Remove { .. } => Err(Error::new(
                 ErrorKind::Internal,
@@ -226,6 +242,20 @@ impl StepRunner<'_> {
         Ok(Salvage::Saved(kept_layer_message(record, &file, &kept)))
     }
 
+    /// Removes the own name of the TPM state that the path was moved to. Until its domain had ended, a TPM
+    /// may have carried out a command that its guest gave it before the pause, and put another state in its
+    /// place: then the path is moved to it again. After a crash that state may be of a domain that was
+    /// started since, and stays.
+    fn complete_switch(&self, layer: &LayerName) -> Result<()> {
+        if !self.files.is_there(layer)? {
+            return Ok(());
+        }
+        if !self.files.is_named_by_path(layer)? && !self.resumed {
+            names::move_name(self.path(), &self.file(layer))?;
+        }
+        names::remove(&self.file(layer))
+    }
+
     fn overlay<'a>(&'a self, layer: &'a LayerName) -> NewOverlay<'a> {
         NewOverlay { files: &self.files, layer }
     }
@@ -249,11 +279,23 @@ impl StepRunner<'_> {
         from: &LayerName,
         method: CopyMethod,
         reserve: bool,
+        point: Option<&LayerName>,
     ) -> Result<()> {
         files.begin()?;
         let (source, file) = (self.source(Some(from)), files.unfinished_image());
         copy::verify(&source, self.watch)?;
         let old = names::open_own(&source, false)?;
+        // The image comes last: where it has its name, the step is done.
+        if let Some(point) = point {
+            let kept = layer_path(&file, point);
+            names::remove_name(&kept)?;
+            names::write_new(&kept, &source, |new, passing| {
+                let sum = copy::copy(&old, &source, &new, passing, reserve, self.watch)?;
+                copy::write_sum(&kept, sum)?;
+                new.sync_all()
+                    .map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))
+            })?;
+        }
         names::write_new(&file, &source, |new, passing| {
             match method {
                 CopyMethod::Reflink => {
@@ -279,6 +321,7 @@ impl StepRunner<'_> {
         layer: &LayerName,
         method: CopyMethod,
         reserve: bool,
+        published_later: bool,
     ) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
         if from.is_some() {
@@ -301,8 +344,10 @@ impl StepRunner<'_> {
             }
             CopyMethod::Copy => {
                 let sum = copy::copy(&old, &source, &new, &passing, reserve, self.watch)?;
-                // The new current image changes as soon as the domain runs. Only a point has a checksum.
-                if from.is_none() {
+                // The new current image changes as soon as the domain runs. Only a point has a checksum. That
+                // of a small file is computed later, when the guest is not paused.
+                let later = published_later && self.sort != Sort::Disk;
+                if from.is_none() && !later {
                     copy::write_sum(&file, sum)?;
                 }
             }
@@ -310,14 +355,18 @@ impl StepRunner<'_> {
         Ok(())
     }
 
-    /// Makes a copy durable, then gives it its name. If that was done before, nothing happens.
-    fn publish(&self, layer: &LayerName) -> Result<()> {
+    /// Makes a copy durable, then gives it its name. With `sums` it gets its checksum first, if it has none.
+    /// If that was done before, nothing happens.
+    fn publish(&self, layer: &LayerName, sums: bool) -> Result<()> {
         let file = self.file(layer);
         let passing = names::unfinished_name(&file);
         if names::file_id(&passing)?.is_none() && names::file_id(&file)?.is_some() {
             return Ok(());
         }
         let made = names::open_own(&passing, false)?;
+        if sums && names::file_id(&copy::sum_file(&file))?.is_none() {
+            copy::write_sum(&file, copy::sum(&made, &passing, self.watch)?)?;
+        }
         made.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
         names::publish(&passing, &file, Some(&made))
     }

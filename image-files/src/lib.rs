@@ -49,7 +49,7 @@ pub use discover::discover;
 pub use disk_locks::{DiskLoan, DiskLocks, ImageLocks, borrow_image, is_held_by_others};
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
-pub use lock::{LockError, LockMode, is_locked, lock};
+pub use lock::{LockError, LockMode, is_locked, lock, lock_whole};
 pub use luks::{LUKS, is_luks};
 pub use manifests::manifests_beside;
 pub use size::{size_at, size_of};

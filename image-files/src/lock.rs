@@ -129,6 +129,20 @@ pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     }
 }
 
+/// Locks a lock file of another program, all of it, against that program; returns false if it has it locked.
+/// The lock lasts as [`lock`]'s.
+///
+/// # Errors
+/// The system's.
+pub fn lock_whole(file: &File) -> io::Result<bool> {
+    let whole = libc::flock { l_len: 0, ..byte(libc::F_WRLCK, 0) };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Returns true if [`lock`] would be refused. Nothing is locked, not even for a moment.
 ///
 /// # Errors

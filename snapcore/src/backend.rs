@@ -51,6 +51,11 @@ pub struct Capabilities {
     /// [`DiskSnapshotter::differences`]).
     #[serde(default)]
     pub reads_points: bool,
+    /// True if its disks are small parts of the machine and no disks of the guest: firmware variables, a TPM.
+    /// The guest's memory has their state too, and brings it back in a running domain. So such a disk is
+    /// never detached, and no snapshot consists of it alone.
+    #[serde(default)]
+    pub machine_state: bool,
 }
 
 impl Capabilities {
@@ -66,7 +71,15 @@ impl Capabilities {
             max_depth,
             methods: Vec::new(),
             reads_points: false,
+            machine_state: false,
         }
+    }
+
+    /// Declares that its disks are parts of the machine, and no disks of the guest.
+    #[must_use]
+    pub fn machine_state(mut self) -> Self {
+        self.machine_state = true;
+        self
     }
 
     /// Declares that points can be read and compared.

@@ -16,6 +16,9 @@ use crate::verify;
 /// The name under which a fixture's domain is registered.
 pub const NAME: &str = "guest";
 
+/// The name of the file in which swtpm has the state of a TPM.
+const TPM: &str = "tpm2-00.permall";
+
 /// How a fixture's images are made.
 #[derive(Debug, Clone)]
 pub struct Shape {
@@ -27,12 +30,14 @@ pub struct Shape {
     pub options: String,
     /// What the images' file names begin and end with; between is a letter.
     pub naming: (String, String),
+    /// The second and third "disk" are files of a machine's state: firmware variables, and a TPM's.
+    pub machine: bool,
 }
 
 impl Default for Shape {
     fn default() -> Shape {
         let naming = (String::new(), ".qcow2".into());
-        Shape { disks: 2, size: 4 << 20, options: "cluster_size=4096".into(), naming }
+        Shape { disks: 2, size: 4 << 20, options: "cluster_size=4096".into(), naming, machine: false }
     }
 }
 
@@ -45,6 +50,11 @@ impl Shape {
     /// Raw files, of so many disks.
     pub fn raw(disks: usize) -> Shape {
         Shape { disks, options: String::new(), ..Shape::default() }.named("", ".raw")
+    }
+
+    /// A disk, firmware variables, and a TPM's state.
+    pub fn machine() -> Shape {
+        Shape { disks: 3, machine: true, ..Shape::default() }
     }
 
     /// This with file names that begin with `prefix` and end with `suffix`.
@@ -63,6 +73,7 @@ impl Shape {
 pub struct Domain {
     dir: Place,
     naming: (String, String),
+    machine: bool,
     /// What it must hold.
     pub model: Model,
     stamp: u8,
@@ -126,14 +137,15 @@ impl Domain {
     }
 
     fn make(dir: Place, shape: &Shape) -> Result<Domain> {
-        let mut domain = Domain { dir, naming: shape.naming.clone(), model: Model::default(), stamp: 0 };
+        let (naming, machine) = (shape.naming.clone(), shape.machine);
+        let mut domain = Domain { dir, naming, machine, model: Model::default(), stamp: 0 };
         std::fs::create_dir_all(domain.disks())?;
         std::fs::create_dir_all(domain.state())?;
         for index in 0..shape.disks {
             let target = target(index);
             let (path, size) = (domain.path(&target), shape.size.to_string());
             let mut args = ["create", "-q", "-f", qemu::format(&path)].map(OsStr::new).to_vec();
-            if !shape.options.is_empty() {
+            if !shape.options.is_empty() && qemu::format(&path) != "raw" {
                 args.extend(["-o".as_ref(), OsStr::new(&shape.options)]);
             }
             args.extend([path.as_os_str(), size.as_ref()]);
@@ -157,7 +169,12 @@ impl Domain {
         for target in self.model.present.keys() {
             args.push("--disk".to_owned());
             let path = self.path(target);
-            args.push(format!("{target}={},format={}", path.display(), qemu::format(&path)));
+            let format = match path.extension().and_then(OsStr::to_str) {
+                Some("fd") => "nvram",
+                Some("permall") => "tpm",
+                _ => qemu::format(&path),
+            };
+            args.push(format!("{target}={},format={format}", path.display()));
         }
         args
     }
@@ -196,7 +213,12 @@ impl Domain {
 
     /// The image of a disk of the clone `name`, in that directory.
     pub fn image_of_clone(&self, name: &str, target: &str) -> PathBuf {
-        self.clones().join(name).join(format!("{name}-{target}{}", self.naming.1))
+        let image = match (self.machine, target) {
+            (true, "vdb") => format!("{name}-vdb.fd"),
+            (true, "vdc") => TPM.to_owned(),
+            _ => format!("{name}-{target}{}", self.naming.1),
+        };
+        self.clones().join(name).join(image)
     }
 
     /// The state directory.
@@ -206,7 +228,11 @@ impl Domain {
 
     /// The configured path of a disk.
     pub fn path(&self, target: &str) -> PathBuf {
-        self.disks().join(format!("{}{}{}", self.naming.0, &target[2..], self.naming.1))
+        self.disks().join(match (self.machine, target) {
+            (true, "vdb") => "vars.fd".to_owned(),
+            (true, "vdc") => TPM.to_owned(),
+            _ => format!("{}{}{}", self.naming.0, &target[2..], self.naming.1),
+        })
     }
 
     /// The domain as image paths, with nothing registered.
@@ -241,7 +267,8 @@ impl Domain {
     /// The fixture whose directory is `dir`, with the model of this one.
     pub fn at(&self, dir: &Path) -> Domain {
         let (naming, model) = (self.naming.clone(), self.model.clone());
-        Domain { dir: Place::Lent(dir.to_owned()), naming, model, stamp: self.stamp }
+        let (dir, machine) = (Place::Lent(dir.to_owned()), self.machine);
+        Domain { dir, naming, machine, model, stamp: self.stamp }
     }
 
     /// Writes to `target`, here and in the model.

@@ -26,7 +26,10 @@ pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
 
 /// The format of an image, as the tests name their files: `raw` by its extension, otherwise `qcow2`.
 pub fn format(image: &Path) -> &'static str {
-    if image.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" }
+    match image.extension().and_then(OsStr::to_str) {
+        Some("raw" | "fd" | "permall") => "raw",
+        _ => "qcow2",
+    }
 }
 
 /// `qemu-img WORDS`.

@@ -60,6 +60,16 @@ fn raw_line(snapshots: usize) -> Result<Domain> {
     Ok(domain)
 }
 
+/// A disk, firmware variables and a TPM, with the snapshots `s1`, `s2`, ..., and writes between and after.
+fn machine_line(snapshots: usize) -> Result<Domain> {
+    let mut domain = Domain::new(&Shape::machine())?;
+    for number in 1..=snapshots {
+        domain.create(&format!("s{number}"), "external")?;
+        domain.write_everywhere()?;
+    }
+    Ok(domain)
+}
+
 /// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the current
 /// state on `side`.
 fn fork(kind: &str) -> Result<Domain> {
@@ -380,6 +390,22 @@ scenarios! {
     RAW_DELETE Tree {
         raw_line(3), |_| args(&["delete", NAME, "s1", "s3"]), |m| m.delete(&strings(&["s1", "s3"]))
     }
+    /// A disk with the state of its machine, copied at the same instant.
+    MACHINE_CREATE Tree { machine_line(1), |d| d.create_args("new", "external"), |m| m.create("new") }
+    /// The state of the machine goes back with the disk, and what is replaced is kept.
+    MACHINE_REVERT_KEEPING Tree {
+        kept(machine_line(2), "s2"),
+        |_| args(&["revert", NAME, "s1", "--undo=free"]), |m| m.revert_and_keep("s1")
+    }
+    /// Points of the state of a machine.
+    MACHINE_DELETE Tree {
+        machine_line(3), |_| args(&["delete", NAME, "s1", "s3"]), |m| m.delete(&strings(&["s1", "s3"]))
+    }
+    /// Two clones, each with firmware variables and a TPM of its own.
+    MACHINE_CLONE Tree {
+        cloneable(machine_line(1)), |d| clone_args(d, "s1", &["--count", "2"]),
+        |m| m.clone_to(&["web-1", "web-2"], "s1")
+    }
 }
 
 /// Makes a module with a test of each scenario of `$list` that is named. With `all`, the list must be whole.
@@ -472,6 +498,10 @@ macro_rules! all_scenario_tests {
             raw_revert RAW_REVERT
             raw_revert_saving_current RAW_REVERT_SAVING_CURRENT
             raw_delete RAW_DELETE
+            machine_create MACHINE_CREATE
+            machine_revert_keeping MACHINE_REVERT_KEEPING
+            machine_delete MACHINE_DELETE
+            machine_clone MACHINE_CLONE
         }
     };
 }

@@ -387,15 +387,16 @@ fn domain_list_names_a_missing_image() -> Result<()> {
     Ok(())
 }
 
-/// Firmware variables are in no snapshot but in its memory: create, show and revert say so, live and at rest.
+/// Firmware variables in a file that is no raw one are in no snapshot but in its memory: create, show and
+/// revert say so, live and at rest.
 #[test]
 fn nvram_is_said_to_be_left_out() -> Result<()> {
     let mut place = Place::new()?;
     let image = place.image("a.qcow2", "qcow2")?;
     let socket = format!("unix:{},server=on,wait=off", place.text("m.qmp"));
-    let variables = place.text("vars.fd");
-    std::fs::write(&variables, vec![0_u8; 256 << 10])?;
-    let flash = format!("if=pflash,format=raw,file={variables}");
+    let variables = place.text("vars.qcow2");
+    qemu::run("qemu-img", &["create", "-q", "-f", "qcow2", &variables, "256K"])?;
+    let flash = format!("if=pflash,format=qcow2,file={variables}");
     place.start(&image, "m.qmp", &["-qmp", &socket, "-drive", &flash])?;
     let at = format!("qemu:{}", place.text("m.qmp"));
     let at = at.as_str();

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::hypervisor::{DomainInfo, Obstacle, SeenDisk};
+use snapcore::hypervisor::{DomainInfo, FIRMWARE_VARIABLES, Obstacle, SeenDisk, TPM_STATE};
 use snapcore::{FileIdentity, Target, shell_command};
 
 use super::disk::{FileView, QemuChain, QemuLayer, identity, target_name};
+use super::state::StateFile;
 use crate::{
     discover::{BlockDevice, Discovery, ImageOptions, Process, Role, shared_by},
     error::Result,
@@ -25,7 +26,9 @@ const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 pub(super) async fn look(machine: &Machine) -> Result<DomainInfo> {
     let discovery = Discovery::read(machine).await?;
     let graph = machine.graph().await?;
-    describe(machine, &discovery, &FileView::of(machine), &graph).await
+    let view = FileView::of(machine);
+    let state = StateFile::find(machine, &discovery, &view, &graph).await?;
+    describe(machine, &discovery, &view, &graph, &state).await
 }
 
 pub(super) async fn describe(
@@ -33,8 +36,9 @@ pub(super) async fn describe(
     discovery: &Discovery,
     view: &FileView,
     graph: &Graph,
+    state: &[StateFile],
 ) -> Result<DomainInfo> {
-    let disks = disks(discovery, view, graph);
+    let disks = disks(discovery, view, graph, state);
     let version = discovery.version.map(|(a, b, c)| format!("QEMU {a}.{b}.{c}, ")).unwrap_or_default();
     let summary = format!(
         "{version}{}, {} x {}, {} MiB, {} drives",
@@ -116,7 +120,7 @@ fn replaced(
     Some(Obstacle::new(why, advice))
 }
 
-fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk> {
+fn disks(discovery: &Discovery, view: &FileView, graph: &Graph, state: &[StateFile]) -> Vec<SeenDisk> {
     let images = view.open_images().unwrap_or_default();
     let unnamed = view.unnamed(graph, images.clone());
     let mut taken = HashSet::new();
@@ -131,11 +135,19 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
         let image = open.root();
         let file =
             image.and_then(|layer| layer.file.clone()).and_then(|file| Utf8PathBuf::from_path_buf(file).ok());
-        let left_out = left_out(drive, || unfit(discovery, drive, &open, view, graph));
+        let is_it = |found: &&StateFile| {
+            drive.role == Role::Firmware && found.target.as_str() == target_name(&drive.target)
+        };
+        let flash = state.iter().find(is_it);
+        let left_out = match flash {
+            Some(_) => None,
+            None => left_out(drive, || unfit(discovery, drive, &open, view, graph)),
+        };
         // An image without a file name is shown by QEMU's name.
         let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
         // A device may use the file node itself: then the whole file is the disk.
         let format = match (&open.behind, image.map(|layer| layer.node.driver.as_str())) {
+            _ if flash.is_some() => FIRMWARE_VARIABLES,
             (Some(Behind::Ours(_, info)), _) => info.format.as_str(),
             (_, Some("file" | "host_device")) => "raw",
             (_, Some(driver)) => driver,
@@ -160,6 +172,11 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
                     },
                 )),
         );
+    }
+    for tpm in
+        state.iter().filter(|found| found.format == TPM_STATE && taken.insert(found.target.to_string()))
+    {
+        disks.push(SeenDisk::new(tpm.target.clone(), tpm.path.clone(), tpm.format));
     }
     // Devices whose disk another process serves: QEMU's block layer has no node of it.
     for device in &discovery.devices {
@@ -237,9 +254,18 @@ fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Opti
     Some(why.to_owned())
 }
 
+/// Records which of a machine's state files is the domain's disk `target`.
+pub(super) fn is_state_member(disks: &mut [SeenDisk], found: &StateFile, target: &Target) {
+    if let Some(disk) = disks.iter_mut().find(|disk| disk.target == found.target) {
+        disk.member = Some(target.clone());
+    }
+}
+
 /// Lists the guest's writable state that only a snapshot's memory holds: from a recorded machine, or else
-/// from the command that starts it.
-pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<String> {
+/// from the command that starts it. `taken` are the formats of the disks that snapshots have.
+pub(super) fn outside(machine: Option<&Discovery>, start: &[String], taken: &[&str]) -> Vec<String> {
+    let taken = |wanted: &str| taken.iter().filter(|format| **format == wanted).count();
+    let (flashes, tpms) = (taken(FIRMWARE_VARIABLES), taken(TPM_STATE));
     let mapped = match machine {
         Some(machine) => machine.mapped.clone(),
         None => shared_by(start).in_memory,
@@ -248,18 +274,20 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
         Some(machine) => {
             let variables =
                 machine.drives.iter().filter(|drive| drive.role == Role::Firmware && !drive.read_only);
-            (variables.count() > 0, !machine.tpms.is_empty())
+            (variables.count() > flashes, machine.tpms.len() > tpms)
         }
         None => {
             let read_only = |word: &str| {
                 word.split(',').any(|part| matches!(part, "readonly=on" | "readonly" | "read-only=on"))
             };
-            let nvram = start.windows(2).any(|pair| match (pair[0].trim_start_matches('-'), &pair[1]) {
+            let is_flash = |pair: &&[String]| match (pair[0].trim_start_matches('-'), &pair[1]) {
                 ("pflash", _) => true,
                 ("drive", drive) => drive.split(',').any(|part| part == "if=pflash") && !read_only(drive),
                 _ => false,
-            });
-            (nvram, start.iter().any(|word| word.trim_start_matches('-') == "tpmdev"))
+            };
+            let found = start.windows(2).filter(is_flash).count();
+            let is_tpm = |word: &&String| word.trim_start_matches('-') == "tpmdev";
+            (found > flashes, start.iter().filter(is_tpm).count() > tpms)
         }
     };
     let all = [(nvram, "firmware variables (NVRAM)"), (tpm, "TPM state")];
@@ -498,7 +526,7 @@ mod tests {
     fn outside_state_is_found_in_the_start_command() {
         let to_engine = |args: &[&str]| {
             let args: Vec<String> = args.iter().map(|word| (*word).to_owned()).collect();
-            outside(None, &args)
+            outside(None, &args, &[])
         };
         assert_eq!(to_engine(&["qemu", "-drive", "if=pflash,file=code,readonly=on"]), Vec::<String>::new());
         let all = ["-drive", "if=pflash,file=vars", "-tpmdev", "emulator,id=t", "-drive", "if=virtio,file=x"];

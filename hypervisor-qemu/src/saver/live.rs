@@ -24,6 +24,7 @@ use super::{
     error::to_engine,
     mark::Mark,
     media, preflight, recorded, remove_memory, reopen, section, served,
+    state::StateFile,
     unpacked::Unpacked,
 };
 use crate::{
@@ -50,6 +51,8 @@ pub(super) struct QemuDomain {
     discovery: Discovery,
     pub(super) agent: Option<Agent>,
     pub(super) disks: Vec<Disk>,
+    /// The domain's disks that are files of the machine's state.
+    state: Vec<StateFile>,
     /// The layers of the domain's disks that belong to the domain.
     owned: Vec<(Target, PathBuf)>,
     /// The files of those disks of the domain that the machine does not have.
@@ -80,10 +83,20 @@ impl QemuDomain {
         remember(&machine, &discovery);
         let graph = machine.graph().await?;
         let view = FileView::of(&machine);
-        let mut seen = describe::describe(&machine, &discovery, &view, &graph).await?;
+        let found = StateFile::find(&machine, &discovery, &view, &graph).await?;
+        let mut seen = describe::describe(&machine, &discovery, &view, &graph, &found).await?;
         let (speed, limits) = disk::speed();
         let (mut disks, mut unplugged) = (Vec::new(), HashSet::new());
+        let mut state = Vec::new();
         for record in &domain.disks {
+            if StateFile::is_format(&record.disk.format) {
+                if let Some(found) = StateFile::of(record, &found) {
+                    let target = &record.disk.target;
+                    describe::is_state_member(&mut seen.disks, found, target);
+                    state.push(StateFile { target: target.clone(), ..found.clone() });
+                }
+                continue;
+            }
             let device = disk::device_of(record, &discovery.drives, &graph, &view);
             if device.is_none() {
                 disk::refuse_hidden(record, &discovery.drives, &graph, &view)?;
@@ -144,6 +157,7 @@ impl QemuDomain {
             discovery,
             agent,
             disks,
+            state,
             owned,
             unplugged,
             speed,
@@ -369,7 +383,11 @@ impl LiveDomain for QemuDomain {
     }
 
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
-        self.disk_of(target).map(|disk| disk as &dyn AttachedDisk)
+        let state = || self.state.iter().find(|state| state.target == *target);
+        match self.disk_of(target) {
+            Some(disk) => Some(disk),
+            None => state().map(|state| state as &dyn AttachedDisk),
+        }
     }
 
     fn differences(&self, record: &serde_json::Value) -> Result<Vec<String>> {

@@ -14,6 +14,7 @@
 //! | `clones` | clones with memory: their plan, their memory images, their start |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
 //! | `starting` | a QEMU between its start and the moment in which it is handed over; its end after a crash |
+//! | `state` | the files of firmware variables and of TPMs, of which snapshots have copies |
 //! | `fresh` | a fresh generation ID in the command that starts a QEMU |
 //! | `unpacked` | compressed memory images between their check and their use |
 //! | `secrets` | what is recorded of a process, and what of it is shown |
@@ -46,6 +47,7 @@ mod section;
 mod served;
 mod start;
 mod starting;
+mod state;
 mod unpacked;
 
 use std::{
@@ -290,7 +292,8 @@ impl VmStateSaver for Qemu {
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
         let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
         let start = domain.control.as_ref().map(|control| control.start.as_slice()).unwrap_or_default();
-        describe::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start)
+        let taken: Vec<&str> = domain.disks.iter().map(|record| record.disk.format.as_str()).collect();
+        describe::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start, &taken)
     }
 
     fn shared(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

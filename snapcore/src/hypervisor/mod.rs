@@ -14,7 +14,10 @@ mod step;
 pub use clone::{CloneMachines, CloneNetwork, ClonedMachines, MachinePlace, StartClone};
 pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
 pub use memory::{MemoryDirectory, MemoryStore};
-pub use saver::{Control, DomainInfo, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory, VmStateSaver};
+pub use saver::{
+    Control, DomainInfo, FIRMWARE_VARIABLES, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory,
+    TPM_STATE, VmStateSaver,
+};
 pub use step::{
     DiskInstant, DomainStep, GuestChange, Medium, MemoryPlan, PowerAfter, Quiesce, Restart, RestartSource,
     StartedDomain, StepOutcome, Taken,

@@ -17,6 +17,15 @@ use crate::domain::{Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
 
+/// The format of a disk that is the file of a machine's firmware variables (NVRAM).
+///
+/// A hypervisor reports such files among the disks of a machine ([`SeenDisk`]) with this format, and those of
+/// a TPM with [`TPM_STATE`]. Their backends declare [`crate::backend::Capabilities::machine_state`].
+pub const FIRMWARE_VARIABLES: &str = "nvram";
+
+/// The format of a disk that is the file of a machine's TPM state.
+pub const TPM_STATE: &str = "tpm";
+
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -552,7 +561,8 @@ pub trait VmStateSaver: Send + Sync {
 
     /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
     /// text: firmware variables, a TPM. `machine` is as [`DomainInfo::machine`]; without it the domain's
-    /// record is used.
+    /// record is used. What is among the disks of `domain`, with the format [`FIRMWARE_VARIABLES`] or
+    /// [`TPM_STATE`], is in snapshots, and is not listed.
     fn outside(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
         Vec::new()
     }

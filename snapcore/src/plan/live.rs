@@ -339,7 +339,9 @@ impl Planner<'_> {
         let disks: Vec<Target> = self
             .disks
             .iter()
-            .filter(|disk| disk.state.attached && wanted.point(disk.target()).is_some())
+            .filter(|disk| {
+                disk.state.attached && !disk.is_machine_state() && wanted.point(disk.target()).is_some()
+            })
             .map(|disk| disk.target().clone())
             .collect();
         let power = power.or(Some(as_now(alive)));
@@ -364,7 +366,19 @@ impl Planner<'_> {
         merged.cut.push(cut(attach));
         let end = FinishUnit::Domain(end);
         if off {
+            // A TPM may write until its machine has ended.
+            let is_of_machine = |unit: &FinishUnit| match unit {
+                FinishUnit::Disk(FinishStep { step, .. }) => {
+                    let mut disks = self.disks.iter();
+                    disks.any(|disk| disk.is_machine_state() && *disk.target() == step.target)
+                }
+                FinishUnit::Domain(_) => false,
+            };
+            let (of_machine, disks): (Vec<FinishUnit>, Vec<FinishUnit>) =
+                std::mem::take(&mut merged.finish).into_iter().partition(is_of_machine);
+            merged.finish = disks;
             merged.finish.push(end);
+            merged.finish.extend(of_machine);
         } else {
             merged.finish.insert(0, end);
             // The media come before the memory: the drives' state is restored from memory, and says that this

@@ -59,6 +59,11 @@ impl DiskInput {
         self.backend.plan(&self.record, &self.state, domain.active_path, request).await
     }
 
+    /// Returns true if it is a part of the machine, and no disk of the guest.
+    fn is_machine_state(&self) -> bool {
+        self.backend.capabilities().machine_state
+    }
+
     fn size(&self) -> u64 {
         self.state.layer(&self.state.active).map_or(0, |layer| layer.virtual_size)
     }
@@ -163,7 +168,8 @@ impl Planner<'_> {
                 }
                 Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), None, overlay.clone()),
                 Some(CreateDisk::Method(method)) => (None, Some(method.clone()), None),
-                None => (request.kind, None, None),
+                // What is asked of the disks is not asked of a part of the machine.
+                None => (request.kind.filter(|_| !disk.is_machine_state()), None, None),
             };
             self.require_kind(disk, kind, method.as_deref())?;
             self.require_live(disk)?;
@@ -188,8 +194,13 @@ impl Planner<'_> {
             instants.extend(take_of(&plan).map(|take| (disk.target().clone(), take.clone())));
             merged.add(plan);
         }
-        if points.is_empty() {
+        let is_of_a_disk = |point: &DiskPoint| {
+            let disk = self.disks.iter().find(|disk| *disk.target() == point.target);
+            disk.is_some_and(|disk| !disk.is_machine_state())
+        };
+        if !points.iter().any(is_of_a_disk) {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
+                .state("no changes made")
                 .advise("leave at least one disk in"));
         }
         for disk in &skipped {
@@ -241,7 +252,11 @@ impl Planner<'_> {
             merged.notes.push(format!("{target}: skipped as asked: it keeps what it holds now"));
         }
         let is_without = |disk: &&DiskInput| wanted.point(disk.target()).is_none() && !skips(disk.target());
-        for disk in self.disks.iter().filter(is_without) {
+        // Memory brings the state of the machine.
+        let is_restored = |disk: &&DiskInput| {
+            disk.is_machine_state() && wanted.memory.is_some() && request.power != Some(PowerAfter::Off)
+        };
+        for disk in self.disks.iter().filter(is_without).filter(|disk| !is_restored(disk)) {
             merged.notes.push(format!(
                 "{}: {}: it keeps what it holds now",
                 disk.target(),
@@ -356,6 +371,12 @@ impl Planner<'_> {
             if save.is_some() {
                 self.require_new_point(disk)?;
             }
+            if self.stays_open(disk, request) {
+                if let Some(name) = save {
+                    plans.push((disk, self.keep_open_state(disk, name).await?));
+                }
+                continue;
+            }
             // Every disk's revert can be undone, also the last one's. Otherwise a crash between its cut and
             // the commit would leave it reverted and the others not. The domain's later writes could not be
             // attributed to either state.
@@ -366,6 +387,31 @@ impl Planner<'_> {
             plans.push((disk, plan));
         }
         Ok(plans)
+    }
+
+    /// Returns true if a revert leaves the file of a machine's state to the running machine, which has it
+    /// open: memory that is loaded brings the state, and the machine writes it to the file. Where there is no
+    /// memory, the state stays as it is, which a note says.
+    fn stays_open(&self, disk: &DiskInput, request: &RevertRequest) -> bool {
+        disk.is_machine_state()
+            && request.power != Some(PowerAfter::Off)
+            && self.alive.is_some_and(|alive| !alive.profile.recreates)
+    }
+
+    /// Plans the point that keeps the current state of such a file. The guest is paused then, and all that it
+    /// wrote is in the file, as at rest.
+    async fn keep_open_state(&self, disk: &DiskInput, name: &SnapshotName) -> Result<DiskPlan> {
+        let mut paused = disk.clone();
+        paused.state.attached = false;
+        let ask = DiskRequest::Create {
+            kind: None,
+            method: None,
+            name: name.clone(),
+            overlay: None,
+            keep: self.tree.points(disk.target()).cloned().collect(),
+            stamp: stamp(),
+        };
+        paused.plan(self.domain, &ask).await
     }
 
     /// Refuses to leave out a disk that does not exist. Refuses also a disk that the restored memory would

@@ -5,7 +5,7 @@ use camino::Utf8Path;
 use crate::address::DiskAddress;
 use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Control, DomainInfo, Obstacle, SeenDisk};
+use crate::hypervisor::{Control, DomainInfo, FIRMWARE_VARIABLES, Obstacle, SeenDisk, TPM_STATE};
 use crate::name::{DomainName, Target};
 use crate::policy::PolicySpec;
 
@@ -283,7 +283,10 @@ pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
         };
         chosen.left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.address));
     }
-    if chosen.disks.is_empty() {
+    // The manifests of a domain are beside its first disk.
+    let is_of_machine = |disk: &Disk| [FIRMWARE_VARIABLES, TPM_STATE].contains(&disk.format.as_str());
+    chosen.disks.sort_by_key(is_of_machine);
+    if chosen.disks.iter().all(is_of_machine) {
         let why = match chosen.left_out.is_empty() {
             true => "it has no drives at all".to_owned(),
             false => chosen.left_out.join("; "),

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use super::Locator;
-use crate::domain::{DiskRecord, Domain, Hypervisor};
+use crate::address::DiskAddress;
+use crate::domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::Host;
 use crate::hypervisor::{AttachedDisk, Control, DomainInfo, LiveDomain, SeenDisk};
+use crate::service::images::known_address;
 
 /// A connection to a running domain.
 pub(in crate::service) type Live = Arc<dyn LiveDomain>;
@@ -151,6 +153,61 @@ impl Locator {
             }
             if let Some(backend) = self.registry.recognise(&disk.address, Some(&disk.format)) {
                 disk.format = backend.to_owned();
+            }
+        }
+        self.leave_unfit_state_out(seen).await;
+    }
+
+    /// Returns true if disks of a format are parts of a machine.
+    pub(super) fn is_machine_state(&self, format: &str) -> bool {
+        self.registry.get(format).is_ok_and(|backend| backend.capabilities().machine_state)
+    }
+
+    /// Leaves the files of a machine's state out, with the reason, of which no points can be taken, and those
+    /// that are not of the domain to which its disks belong. They are no reason to refuse the domain: it has
+    /// snapshots without them.
+    async fn leave_unfit_state_out(&self, seen: &mut DomainInfo) {
+        let is_taken = |disk: &&SeenDisk| disk.left_out.is_none();
+        let (state, disks): (Vec<&SeenDisk>, Vec<&SeenDisk>) =
+            seen.disks.iter().filter(is_taken).partition(|disk| self.is_machine_state(&disk.format));
+        if state.is_empty() {
+            return;
+        }
+        let addresses: Vec<DiskAddress> = disks.iter().map(|disk| disk.address.clone()).collect();
+        let owners = self.records.owners(&addresses).await.unwrap_or_default();
+        let owner = owners.first().map(|(_, owner)| owner.clone());
+        let mut unfit = Vec::new();
+        for file in state {
+            let address = known_address(&self.registry, &file.address).await;
+            let address = address.unwrap_or_else(|_| file.address.clone());
+            let of = self.records.owners(std::slice::from_ref(&address)).await.unwrap_or_default();
+            let of = of.first().map(|(_, owner)| owner);
+            let why = match (of, &owner) {
+                (Some(of), owner) if owner.as_ref() != Some(of) => {
+                    format!("it is a disk of domain {of}")
+                }
+                (None, Some(owner)) => format!(
+                    "domain {owner} was registered without it; `domsnap domain disk add {owner} {}={},format={}` adds it",
+                    file.target, file.address, file.format
+                ),
+                _ => {
+                    let disk = Disk::new(file.target.clone(), address, file.format.as_str());
+                    let adopted = match self.registry.serving(&disk) {
+                        Ok(backend) => backend.adopt(&disk, ActivePath::Keep).await.map(drop),
+                        Err(error) => Err(error),
+                    };
+                    match adopted {
+                        Ok(()) => continue,
+                        Err(error) => error.summary(),
+                    }
+                }
+            };
+            unfit.push((file.target.clone(), why));
+        }
+        for (target, why) in unfit {
+            let disk = seen.disks.iter_mut().find(|disk| disk.target == target);
+            if let Some(disk) = disk {
+                disk.left_out = Some(why);
             }
         }
     }

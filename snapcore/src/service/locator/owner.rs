@@ -2,7 +2,7 @@
 
 use super::Locator;
 use crate::address::DiskAddress;
-use crate::domain::Hypervisor;
+use crate::domain::{DiskRecord, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::DomainName;
 use crate::service::images::{identity_at, images_of};
@@ -22,7 +22,8 @@ impl Locator {
         Ok(known.map(|domain| domain.name))
     }
 
-    /// The domain whose disks are exactly `paths`.
+    /// The domain whose disks are exactly `paths`. The files of its machine's state may be missing among
+    /// them.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where only a part of them, or of its, are the same.
@@ -33,10 +34,11 @@ impl Locator {
             return Ok(None);
         };
         let Some(entry) = self.records.find(owner).await? else { return Ok(None) };
-        let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.address.as_str()).collect();
+        let is_given = |record: &DiskRecord| paths.contains(&record.disk.address);
+        let may_miss = |record: &DiskRecord| self.is_machine_state(&record.disk.format);
         let same = owners.len() == paths.len()
-            && disks.len() == paths.len()
-            && owners.iter().all(|(_, other)| other == owner);
+            && owners.iter().all(|(_, other)| other == owner)
+            && entry.domain.disks.iter().all(|record| is_given(record) || may_miss(record));
         if same {
             return Ok(Some(owner.clone()));
         }

@@ -75,6 +75,11 @@ impl Operator {
             let backend = self.registry.serving(&record.disk)?;
             if !backend.is_gone(record).await? {
                 let attached = live.and_then(|live| live.disk(&record.disk.target));
+                // The machine has its state, and it is not found there: no step changes it, or the plan is
+                // refused.
+                if live.is_some() && attached.is_none() && backend.capabilities().machine_state {
+                    continue;
+                }
                 match backend.lock(record, attached).await {
                     Ok(guard) => guards.push(guard),
                     Err(busy)

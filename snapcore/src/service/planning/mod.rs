@@ -80,7 +80,7 @@ impl Planning {
         if let Some(live) = live {
             live.preflight(&plan, &[], false).await?;
         }
-        let notes = notes::notes_on(&self.registry, &entry.domain, live, request, &plan);
+        let notes = notes::notes_on(&self.registry, entry, live, request, &plan);
         plan.notes.extend(notes);
         Ok(plan)
     }

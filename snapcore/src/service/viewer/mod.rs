@@ -109,7 +109,9 @@ impl Viewer {
         };
         Ok(Details {
             memory_gone,
-            outside: outside(&self.registry, &entry.domain, record),
+            outside: outside(&self.registry, &entry.domain, record, |target| {
+                snapshot.point(target).is_some()
+            }),
             shared: shared(&self.registry, &entry.domain, record),
             current: entry.domain.current == Some(snapshot.id),
             parent: snapshot.parent.and_then(name_of),

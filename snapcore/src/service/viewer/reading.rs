@@ -10,7 +10,7 @@ use super::Viewer;
 use crate::address::DiskAddress;
 use crate::backend::{Differences, InspectDepth, PointImage, Ranges};
 use crate::catalogue::Entry;
-use crate::domain::{DiskRecord, Domain};
+use crate::domain::{Disk, DiskRecord, Domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{DomainName, SnapshotName, Target};
 use crate::service::DomainRef;
@@ -199,6 +199,10 @@ impl Viewer {
                     }
                 },
             };
+            if let Some(why) = self.unread_state(record)? {
+                notes.push(why);
+                continue;
+            }
             let state = self.state(record, &live).await?;
             let members = [Some(first), to.and_then(|to| to.point(target))];
             for member in members.into_iter().flatten() {
@@ -238,9 +242,14 @@ impl Viewer {
                 left_out.push(format!("{target} is {}", snapshot.why_without(target)));
                 continue;
             };
+            let backend = self.registry.serving(&record.disk)?;
+            if let Some(why) = self.unread_state(record)? {
+                let copy = backend.layer_address(record, &member.point.layer);
+                left_out.push(format!("{why}; it is the file {copy}"));
+                continue;
+            }
             let state = self.state(record, &live).await?;
             require_recorded(member, &state)?;
-            let backend = self.registry.serving(&record.disk)?;
             let image = backend.open_point(record, &state, &member.point).await?;
             let layer = state.layer(&member.point.layer).map_or(&record.disk.address, |found| &found.address);
             disks.push(OpenDisk { target: target.clone(), layer: layer.clone(), image });
@@ -251,6 +260,16 @@ impl Viewer {
     async fn state(&self, record: &DiskRecord, live: &Option<Live>) -> Result<DiskState> {
         let backend = self.registry.serving(&record.disk)?;
         backend.inspect(record, InspectDepth::Layers, attached(live, record)).await
+    }
+
+    /// Returns the reason why a part of the machine is not read. It is no disk: a whole domain is not refused
+    /// for it.
+    fn unread_state(&self, record: &DiskRecord) -> Result<Option<String>> {
+        let can = self.registry.serving(&record.disk)?.capabilities();
+        let Disk { target, format, .. } = &record.disk;
+        let why =
+            || format!("{target} is state of the machine (format {format}), which is not read as a disk");
+        Ok((can.machine_state && !can.reads_points).then(why))
     }
 
     fn require_disks(&self, entry: &Entry, targets: &[Target]) -> Result<()> {
