@@ -82,28 +82,36 @@ impl Place {
         Ok(fs::rename(self.path("tpm/TMP2-00.permall"), self.path("tpm/tpm2-00.permall"))?)
     }
 
-    fn start(&self) -> Result<(Child, Idle)> {
-        let socket = self.text("tpm.sock");
+    fn swtpm(&self) -> Result<Swtpm> {
         let state = format!("dir={}", self.text("tpm"));
-        let control = format!("type=unixio,path={socket}");
+        let control = format!("type=unixio,path={}", self.text("tpm.sock"));
         let mut swtpm = Command::new("swtpm");
-        swtpm.args(["socket", "--tpm2", "--ctrl", &control, "--tpmstate", &state]).stdin(Stdio::null());
-        let swtpm = swtpm.spawn().context("no swtpm: run scripts/install-deps")?;
+        swtpm.args(["socket", "--tpm2", "--ctrl", &control, "--tpmstate", &state]);
+        swtpm.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let swtpm = Swtpm(swtpm.spawn().context("no swtpm: run scripts/install-deps")?);
         let until = Instant::now() + PATIENCE;
         while !self.path("tpm.sock").exists() {
             ensure!(Instant::now() < until, "swtpm does not start");
             sleep(Duration::from_millis(10));
         }
+        Ok(swtpm)
+    }
+
+    fn start(&self) -> Result<(Swtpm, Idle)> {
+        let swtpm = self.swtpm()?;
+        let socket = self.text("tpm.sock");
         let disk =
             format!("driver=qcow2,node-name=d0,file.driver=file,file.filename={}", self.text("a.qcow2"));
-        let code = "if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/seabios/bios-256k.bin";
+        // Firmware that halts its processor at once, and sends the TPM no commands.
+        fs::write(self.path("code.fd"), vec![0xf4; 256 << 10])?;
+        let code = format!("if=pflash,format=raw,unit=0,readonly=on,file={}", self.text("code.fd"));
         let variables = format!("if=pflash,format=raw,unit=1,file={}", self.text("vars.fd"));
         let (tpm, bus) = (format!("socket,id=c0,path={socket}"), self.text("bus"));
         let bus = format!("unix:{bus},server=on,wait=off");
         let args = [
             ["-blockdev", &disk],
             ["-device", "virtio-blk-pci,drive=d0,id=vda"],
-            ["-drive", code],
+            ["-drive", &code],
             ["-drive", &variables],
             ["-chardev", &tpm],
             ["-tpmdev", "emulator,id=tpm0,chardev=c0"],
@@ -115,7 +123,14 @@ impl Place {
 
     /// One command on the machine's bus.
     fn bus(&self, command: &str) -> Result<String> {
-        let stream = UnixStream::connect(self.path("bus"))?;
+        let until = Instant::now() + PATIENCE;
+        let stream = loop {
+            match UnixStream::connect(self.path("bus")) {
+                Err(error) if Instant::now() >= until => return Err(error).context("connecting to the bus"),
+                Err(_) => sleep(Duration::from_millis(10)),
+                Ok(stream) => break stream,
+            }
+        };
         stream.set_read_timeout(Some(PATIENCE))?;
         (&stream).write_all(format!("{command}\n").as_bytes())?;
         let mut said = String::new();
@@ -142,13 +157,26 @@ impl Place {
     }
 }
 
-fn ends(mut process: Child) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
-    while process.try_wait()?.is_none() {
-        ensure!(Instant::now() < until, "it does not end");
-        sleep(Duration::from_millis(10));
+/// A TPM's process; killed when dropped.
+struct Swtpm(Child);
+
+impl Swtpm {
+    /// Waits for the end that it comes to with its machine.
+    fn ends(mut self) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        while self.0.try_wait()?.is_none() {
+            ensure!(Instant::now() < until, "it does not end");
+            sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+impl Drop for Swtpm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Live: copies of the instant, with memory and without; a revert in place gets the variables by the memory,
@@ -198,7 +226,7 @@ fn machine_state_goes_with_the_snapshots_of_a_running_machine() -> Result<()> {
     place.change_tpm("later")?;
     let off = place.says(&["revert", at, "s2", "--off", "--undo=free"], &[])?;
     ensure!(!format!("{off}").contains("later state"), "{off}");
-    ends(swtpm)?;
+    swtpm.ends()?;
     ensure!(place.variable()? == b'C' && place.tpm()? == first, "the files are not those of s2");
 
     // At rest, also by the disk alone.
@@ -211,19 +239,11 @@ fn machine_state_goes_with_the_snapshots_of_a_running_machine() -> Result<()> {
     place.says(&["check", image], &[])?;
 
     // From memory. The machine has a TPM of its own, which gets its state with the memory.
-    fs::remove_file(place.path("tpm.sock"))?;
-    fs::remove_file(place.path("bus"))?;
+    let _ = fs::remove_file(place.path("tpm.sock"));
+    let _ = fs::remove_file(place.path("bus"));
     place.change_tpm("later")?;
     fs::write(place.path("vars.fd"), vec![b'E'; VARIABLES as usize])?;
-    let mut swtpm = Command::new("swtpm")
-        .args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", place.text("tpm.sock"))])
-        .args(["--tpmstate", &format!("dir={}", place.text("tpm"))])
-        .spawn()?;
-    let until = Instant::now() + PATIENCE;
-    while !place.path("tpm.sock").exists() {
-        ensure!(Instant::now() < until, "swtpm does not start");
-        sleep(Duration::from_millis(10));
-    }
+    let swtpm = place.swtpm()?;
     place.says(&["revert", image, "all"], &[])?;
     ensure!(place.flash()? == b'A' && place.variable()? == b'A', "the memory did not bring the variables");
     ensure!(place.tpm()?.len() > 100, "the TPM has no state");
@@ -238,8 +258,7 @@ fn machine_state_goes_with_the_snapshots_of_a_running_machine() -> Result<()> {
     (&quit).write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n")?;
     let mut lines = BufReader::new(quit).lines();
     while lines.next().is_some_and(|line| line.is_ok()) {}
-    swtpm.wait()?;
-    Ok(())
+    swtpm.ends()
 }
 
 /// A clone with memory has variables of its own, in its machine and in its snapshot, and the source's file
