@@ -88,7 +88,7 @@ fn points_are_reverted_to_and_deleted(sort: Sort) -> Result<()> {
         refused(&["clone", &path, "b", "web"], &["is no thin volume", "domsnap domain add"])?;
         ensure!(volumes()? == before, "{:?}", volumes()?);
     }
-    every_point_can_be_reverted_to(&path, &[b'b', b'a', b'c', b'c'])?;
+    every_point_can_be_reverted_to(&path, b"bacc")?;
     the_current_state_can_be_kept_by_a_revert(&path)?;
     any_point_can_be_deleted(&path)
 }
@@ -111,7 +111,7 @@ fn every_point_can_be_reverted_to(path: &str, order: &[u8]) -> Result<()> {
 /// Under a real udev, whose links come and go with each change.
 fn every_point_can_be_reverted_to_again_and_again(sort: Sort) -> Result<()> {
     let (_, path) = three_points(sort)?;
-    every_point_can_be_reverted_to(&path, &[b'b', b'a', b'c', b'c', b'a', b'b'])
+    every_point_can_be_reverted_to(&path, b"baccab")
 }
 
 /// Of the points a, b, c and e.
