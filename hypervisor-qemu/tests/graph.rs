@@ -15,7 +15,7 @@ use hypervisor_qemu::{
     instant::{Cut, DiskCut, SaveMode},
     memory::restore_in_place,
 };
-use kit::{BOTH, BUDGET};
+use kit::BUDGET;
 use testguest::{Guest, GuestOptions, Version};
 
 const LIVE: SaveMode = SaveMode::Live { budget: BUDGET };
@@ -79,42 +79,34 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
 /// The configured path stays the active image through snapshots under load.
 #[tokio::test(flavor = "multi_thread")]
 async fn path_stays_the_active_image() -> Result<()> {
-    for version in BOTH {
-        for drive in [false, true] {
-            if !drive && !kit::versions().contains(&version) {
-                continue;
-            }
-            let options = GuestOptions::new().version(version);
-            let mut guest = kit::loaded(if drive { options.drive() } else { options })?;
-            let machine = kit::machine(&guest).await?;
-            let mut layers = Vec::new();
-            for disk in guest.disks() {
-                let layer = disk.with_extension("0.qcow2");
-                fs::hard_link(&disk, &layer)?;
-                layers.push(layer);
-            }
-            for tag in ["a", "b", "c"] {
-                freeze(&machine, &guest, tag, &mut layers).await?;
-                kit::sound(&machine).await?;
-                guest.expect_no_bad()?;
-            }
-            assert_eq!(
-                kit::chain(&machine, "vda").await?,
-                ["domsnap-c-0", "domsnap-b-0", "domsnap-a-0", "domsnap-a-0-b"]
-            );
-            guest.verify_blocks()?;
-            drop(machine);
-            // A boot from the configured paths continues from the last state.
-            let before = guest.ticks()?;
-            guest.restart()?;
-            assert!(
-                guest
-                    .counters_at_boot()
-                    .iter()
-                    .all(|counter| counter.is_some_and(|counter| counter >= before))
-            );
+    for (version, drive) in kit::versions_and_drives() {
+        let options = GuestOptions::new().version(version);
+        let mut guest = kit::loaded(if drive { options.drive() } else { options })?;
+        let machine = kit::machine(&guest).await?;
+        let mut layers = Vec::new();
+        for disk in guest.disks() {
+            let layer = disk.with_extension("0.qcow2");
+            fs::hard_link(&disk, &layer)?;
+            layers.push(layer);
+        }
+        for tag in ["a", "b", "c"] {
+            freeze(&machine, &guest, tag, &mut layers).await?;
+            kit::sound(&machine).await?;
             guest.expect_no_bad()?;
         }
+        assert_eq!(
+            kit::chain(&machine, "vda").await?,
+            ["domsnap-c-0", "domsnap-b-0", "domsnap-a-0", "domsnap-a-0-b"]
+        );
+        guest.verify_blocks()?;
+        drop(machine);
+        // A boot from the configured paths continues from the last state.
+        let before = guest.ticks()?;
+        guest.restart()?;
+        assert!(
+            guest.counters_at_boot().iter().all(|counter| counter.is_some_and(|counter| counter >= before))
+        );
+        guest.expect_no_bad()?;
     }
     Ok(())
 }
@@ -247,57 +239,52 @@ async fn failed_swap_leaves_the_old_chain() -> Result<()> {
 /// A disk is detached, changed offline and attached again in a live QEMU.
 #[tokio::test(flavor = "multi_thread")]
 async fn disk_is_changed_while_detached() -> Result<()> {
-    for version in BOTH {
-        for drive in [false, true] {
-            if !drive && !kit::versions().contains(&version) {
-                continue;
-            }
-            let options = GuestOptions::new().version(version);
-            let guest = kit::loaded(if drive { options.drive() } else { options })?;
-            let machine = kit::machine(&guest).await?;
-            let mut cut = Cut::new();
-            for device in guest.targets() {
-                cut = cut.disk(DiskCut::Internal { device, tag: "s".into() });
-            }
-            let taken = cut.take(&machine, kit::nothing).await?;
-            println!("disk-only: {:?} stopped for {:?}", taken.method, taken.stopped_for);
-            let then = guest.ticks()?;
-            guest.wait_ticks(60)?;
-            let (boots, begun) = (guest.boots(), Instant::now());
-            let paused = machine.pause().await?;
-            for (device, disk) in guest.targets().into_iter().zip(guest.disks()) {
-                let detached = graph::detach(&machine, &device).await?;
-                assert_eq!(detached.still_open, Vec::<String>::new());
-                let again = graph::detach(&machine, &device).await.expect_err("it is detached");
-                assert!(again.to_string().contains("detached already"), "{again}");
-                // qemu-img takes the image's lock: no other process has it.
-                kit::img(&["snapshot", "-a", "s"], &disk)?;
-                // A journal stores it as text.
-                let detached = serde_json::from_str(&serde_json::to_string(&detached)?)?;
-                let missing = Layer::qcow2(Name::node(), guest.dir().join("missing"));
-                let error =
-                    graph::attach(&machine, &detached, &Stack::layers([missing])).await.expect_err("missing");
-                assert!(error.state_now().is_some_and(|state| state.contains("must not run")), "{error}");
-                let layer = Layer::qcow2(Name::node(), &disk);
-                graph::attach(&machine, &detached, &Stack::layers([layer])).await?;
-            }
-            machine.reset().await?;
-            machine.resume(paused).await?;
-            println!("{version:?} drive {drive}: internal disk-only revert in {:?}", begun.elapsed());
-            kit::sound(&machine).await?;
-            guest.wait_boots(boots + 1)?;
-            let found = guest.counters_at_boot();
-            assert!(
-                found.iter().all(|counter| counter.is_some_and(|counter| counter <= then + 1)),
-                "{found:?}, not {then}"
-            );
-            guest.expect_no_bad()?;
-            drop(machine);
-            let mut guest = guest;
-            guest.quit()?;
-            for disk in guest.disks() {
-                assert!(kit::img(&["check"], &disk)?.contains("No errors"));
-            }
+    for (version, drive) in kit::versions_and_drives() {
+        let options = GuestOptions::new().version(version);
+        let guest = kit::loaded(if drive { options.drive() } else { options })?;
+        let machine = kit::machine(&guest).await?;
+        let mut cut = Cut::new();
+        for device in guest.targets() {
+            cut = cut.disk(DiskCut::Internal { device, tag: "s".into() });
+        }
+        let taken = cut.take(&machine, kit::nothing).await?;
+        println!("disk-only: {:?} stopped for {:?}", taken.method, taken.stopped_for);
+        let then = guest.ticks()?;
+        guest.wait_ticks(60)?;
+        let (boots, begun) = (guest.boots(), Instant::now());
+        let paused = machine.pause().await?;
+        for (device, disk) in guest.targets().into_iter().zip(guest.disks()) {
+            let detached = graph::detach(&machine, &device).await?;
+            assert_eq!(detached.still_open, Vec::<String>::new());
+            let again = graph::detach(&machine, &device).await.expect_err("it is detached");
+            assert!(again.to_string().contains("detached already"), "{again}");
+            // qemu-img takes the image's lock: no other process has it.
+            kit::img(&["snapshot", "-a", "s"], &disk)?;
+            // A journal stores it as text.
+            let detached = serde_json::from_str(&serde_json::to_string(&detached)?)?;
+            let missing = Layer::qcow2(Name::node(), guest.dir().join("missing"));
+            let error =
+                graph::attach(&machine, &detached, &Stack::layers([missing])).await.expect_err("missing");
+            assert!(error.state_now().is_some_and(|state| state.contains("must not run")), "{error}");
+            let layer = Layer::qcow2(Name::node(), &disk);
+            graph::attach(&machine, &detached, &Stack::layers([layer])).await?;
+        }
+        machine.reset().await?;
+        machine.resume(paused).await?;
+        println!("{version:?} drive {drive}: internal disk-only revert in {:?}", begun.elapsed());
+        kit::sound(&machine).await?;
+        guest.wait_boots(boots + 1)?;
+        let found = guest.counters_at_boot();
+        assert!(
+            found.iter().all(|counter| counter.is_some_and(|counter| counter <= then + 1)),
+            "{found:?}, not {then}"
+        );
+        guest.expect_no_bad()?;
+        drop(machine);
+        let mut guest = guest;
+        guest.quit()?;
+        for disk in guest.disks() {
+            assert!(kit::img(&["check"], &disk)?.contains("No errors"));
         }
     }
     Ok(())

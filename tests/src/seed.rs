@@ -13,3 +13,11 @@ pub fn from_env(name: &str, default: u64) -> u64 {
         Err(_) => default,
     }
 }
+
+/// Whether the tests of running domains try everything (`DOMSNAP_LIVE_EVERY=1`), and not a sample.
+///
+/// # Panics
+/// As [`from_env`].
+pub fn tries_all_live() -> bool {
+    from_env("DOMSNAP_LIVE_EVERY", 0) == 1
+}

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use domsnap_tests::domsnap::{Outcome, status};
 use domsnap_tests::live::{Live, NAME};
-use domsnap_tests::{shim, verify};
+use domsnap_tests::{seed, shim, verify};
 use serde_json::{Value, json};
 use testguest::{GuestOptions, Version};
 
@@ -421,7 +421,7 @@ fn killed_starts(live: &Live, clones: &Clones) -> Result<()> {
     let commands = fs::read_to_string(&file)?.lines().count();
     ensure!(commands > 6, "two starts have {commands} commands");
     forget(clones)?;
-    let all = std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1");
+    let all = seed::tries_all_live();
     let every = if all { 1 } else { commands / 3 };
     let (mut left, mut kills) = ([0, 0], 0);
     // 0: as soon as there is a process, before it answers.
@@ -538,7 +538,7 @@ fn clones_with_memory_are_all_or_none() -> Result<()> {
     let about_memory: Vec<&shim::Counted> =
         steps.iter().filter(|step| step.line.contains(".memory") || step.begins_a_step()).collect();
     ensure!(about_memory.len() > 20, "{} steps are about memory", about_memory.len());
-    let all = std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1");
+    let all = seed::tries_all_live();
     let every = if all { 1 } else { about_memory.len() / 7 };
     let mut happened = [0, 0];
     let sampled = about_memory.iter().skip(every / 2).step_by(every.max(1));

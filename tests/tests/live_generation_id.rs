@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::live::crash::kill_qemu;
 use domsnap_tests::live::{Changed, Live, NAME};
-use domsnap_tests::{report, shim};
+use domsnap_tests::{report, seed, shim};
 use serde_json::{Value, json};
 use testguest::{GuestOptions, Version};
 
@@ -163,10 +163,7 @@ fn killed_reverts_leave_no_stub() -> Result<()> {
     };
     let places: Vec<usize> = (0..commands.len()).filter(|&place| of_the_write(&commands[place])).collect();
     ensure!(places.len() >= 5, "the write has these commands: {commands:?}");
-    let instants: &[bool] = match std::env::var("DOMSNAP_LIVE_EVERY").as_deref() {
-        Ok("1") => &[false, true],
-        _ => &[true],
-    };
+    let instants: &[bool] = if seed::tries_all_live() { &[false, true] } else { &[true] };
     for place in places {
         for &sent in instants {
             let killed = shim::killing_at_command(shim::preloaded(live.domsnap()), place as u64 + 1, sent);

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use domsnap_tests::domsnap::status;
 use domsnap_tests::live::crash::there;
 use domsnap_tests::live::{Live, NAME};
+use domsnap_tests::seed;
 use domsnap_tests::shim::{self, Counted};
 use testguest::{GuestOptions, Version, Vhd};
 
@@ -137,7 +138,7 @@ fn killed(kind: Vhd, every: usize) -> Result<()> {
     let mut live = guest(kind, Version::New)?;
     let vhd = live.guest.disk(0);
     let (mut undone, mut taken) = (0, 0);
-    let every = if std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1") { 1 } else { every };
+    let every = if seed::tries_all_live() { 1 } else { every };
     let last = steps.len() - 1;
     let chosen = steps.iter().enumerate().filter(|(place, _)| place % every == 0 || *place == last);
     for (_, step) in chosen {

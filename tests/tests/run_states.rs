@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use domsnap_tests::domsnap::{Domsnap, Outcome, status};
 use domsnap_tests::idle::{Boot, Idle, has_pattern};
 use domsnap_tests::mounted::{Mounted, may_mount};
-use domsnap_tests::qemu;
+use domsnap_tests::{qemu, seed};
 use serde_json::{Value, json};
 use testguest::Version;
 
@@ -59,8 +59,7 @@ impl Domain {
     /// what follows the revert itself does not depend on it.
     fn powers(&self) -> &'static [&'static [&'static str]] {
         let all: &[&[&str]] = &[&[], &["--running"], &["--paused"]];
-        let every = self.version == Version::New
-            || std::env::var("DOMSNAP_LIVE_EVERY").is_ok_and(|value| value == "1");
+        let every = self.version == Version::New || seed::tries_all_live();
         if every { all } else { &all[..1] }
     }
 

@@ -31,6 +31,13 @@ pub fn versions() -> Vec<Version> {
     }
 }
 
+/// Each version of QEMU, with disks by `-blockdev` and by `-drive` (true); of the old one, the first is left
+/// out as by [`versions`].
+pub fn versions_and_drives() -> impl Iterator<Item = (Version, bool)> {
+    let each = BOTH.into_iter().flat_map(|version| [false, true].map(|drive| (version, drive)));
+    each.filter(|(version, drive)| *drive || versions().contains(version))
+}
+
 pub const BUDGET: Duration = Duration::from_secs(20);
 
 /// A guest that ticks, writes random blocks and dirties memory.
