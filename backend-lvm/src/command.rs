@@ -32,6 +32,10 @@ pub(crate) const MERGE: Duration = Duration::from_secs(24 * 3600);
 /// disks of a group.
 const FRESH: Duration = Duration::from_secs(5);
 
+/// The same, in multiples of the time that the report took: where lvm2 is slow, so is everybody who could
+/// change the group.
+const FRESH_REPORTS: u32 = 6;
+
 /// One command of lvm2.
 #[derive(Debug)]
 pub struct Invocation<'a> {
@@ -152,6 +156,7 @@ fn find(program: &str) -> Result<Utf8PathBuf> {
 /// lvm2 with a short cache of each group's last report.
 pub(crate) struct Lvm2 {
     runner: Arc<dyn Runner>,
+    /// The last report of each group, and until when it is used again.
     known: Mutex<HashMap<String, (Instant, Arc<VolumeGroup>)>>,
 }
 
@@ -167,7 +172,7 @@ impl Lvm2 {
     pub(crate) fn group(&self, name: &str) -> Result<Arc<VolumeGroup>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match known.get(name) {
-            Some((at, group)) if at.elapsed() < FRESH => Ok(Arc::clone(group)),
+            Some((until, group)) if Instant::now() < *until => Ok(Arc::clone(group)),
             _ => {
                 drop(known);
                 self.group_now(name)
@@ -193,7 +198,9 @@ impl Lvm2 {
             name,
         ];
         let args = args.map(str::to_owned);
+        let begun = Instant::now();
         let answer = self.runner.run(&Invocation { args: &args, deadline: REPORT, lock: None })?;
+        let until = begun + FRESH.max(begun.elapsed() * FRESH_REPORTS);
         if answer.status != Some(0) {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -207,7 +214,7 @@ impl Lvm2 {
         })?;
         let group = Arc::new(group);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(name.to_owned(), (Instant::now(), Arc::clone(&group)));
+        known.insert(name.to_owned(), (until, Arc::clone(&group)));
         Ok(group)
     }
 

@@ -40,11 +40,15 @@ pub struct Machine {
 struct RecentGraph {
     graph: Arc<Graph>,
     epoch: u64,
-    read: Instant,
+    until: Instant,
 }
 
-/// Longest time for which a graph is used again: other clients of QEMU may change it.
+/// For how long a graph is used again: other clients of QEMU may change it.
 const RECENT: Duration = Duration::from_millis(500);
+
+/// The same, in multiples of the time that QEMU took to report it. Where that is long, other clients are as
+/// slow, and reading it again would be what takes longest.
+const RECENT_READS: u32 = 6;
 
 /// A paused guest. Dropping it resumes nothing: [`Machine::resume`] does.
 #[derive(Debug)]
@@ -143,9 +147,7 @@ impl Machine {
     pub(crate) async fn graph(&self) -> Result<Arc<Graph>> {
         let known = self.graph.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match known {
-            Some(known) if known.epoch == self.qmp.epoch() && known.read.elapsed() < RECENT => {
-                Ok(known.graph)
-            }
+            Some(known) if known.epoch == self.qmp.epoch() && Instant::now() < known.until => Ok(known.graph),
             _ => self.read_graph().await,
         }
     }
@@ -155,7 +157,8 @@ impl Machine {
         // A change during the read makes the result stale, so the epoch is taken first.
         let (epoch, read) = (self.qmp.epoch(), Instant::now());
         let graph = Arc::new(Graph::read(self).await?);
-        let recent = RecentGraph { graph: Arc::clone(&graph), epoch, read };
+        let until = read + RECENT.max(read.elapsed() * RECENT_READS);
+        let recent = RecentGraph { graph: Arc::clone(&graph), epoch, until };
         *self.graph.lock().unwrap_or_else(PoisonError::into_inner) = Some(recent);
         Ok(graph)
     }

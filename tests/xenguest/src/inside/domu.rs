@@ -351,12 +351,13 @@ fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<P
                 }
                 program("/sbin/lvcreate", &["-qy", "-V", "64M", "-T", POOL, "-n", &volume])?.ok()?;
             }
-            program(
-                "/bin/dd",
-                // All of it: lvm leaves in a volume what another had there.
-                &[&format!("if={}", text(raw)), &format!("of={}", text(&path)), "bs=1M"],
-            )?
-            .ok()?;
+            let (from, to) = (format!("if={}", text(raw)), format!("of={}", text(&path)));
+            let mut args = vec![from.as_str(), to.as_str(), "bs=1M"];
+            // A new thin volume is empty; in a thick one lvm leaves what another had there.
+            if backend == Backend::LvmThin {
+                args.push("conv=sparse");
+            }
+            program("/bin/dd", &args)?.ok()?;
             if !path.exists() {
                 bail!("the volume {} has no device", path.display());
             }
