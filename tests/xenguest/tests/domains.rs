@@ -26,9 +26,9 @@ const SHIM: &str = "/usr/local/bin/libfaultfs.so";
 
 const CASES: &[TestCase] = &[
     TestCase::new(
-        // Images, internal and external, a volume and memory of one instant come back as they were, repeatedly,
-        // and disks alone, with which it boots; snapshots are deleted while the guest runs; a name that leads
-        // to another image or volume is refused.
+        // Images, internal and external, a volume and memory of one instant come back as they were,
+        // repeatedly, and disks alone, with which it boots; snapshots are deleted while the guest runs; a
+        // name that leads to another image or volume is refused.
         "memory_images_and_volumes_are_of_one_instant",
         mixed,
     ),

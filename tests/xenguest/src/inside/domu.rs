@@ -98,7 +98,8 @@ impl DomU {
             .collect();
         format!(
             "name=\"{}\"\ntype=\"pv\"\nmemory={MEMORY_MIB}\nvcpus=1\nkernel=\"/guest/kernel\"\nramdisk=\"/guest/initrd\"\n\
-             extra=\"console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on domsnap.disks={} domsnap.tick=500\"\n\
+             extra=\"console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on init_on_alloc=0 \
+             domsnap.disks={} domsnap.tick=500\"\n\
              disk=[ {} ]\non_reboot=\"restart\"\non_crash=\"preserve\"\n",
             self.name,
             self.disks.len(),
