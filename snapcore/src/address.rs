@@ -76,6 +76,12 @@ impl DiskAddress {
     }
 
     /// The directory, where it is a file of this machine.
+    /// Returns true for a path among the device nodes, where a name comes and goes with its device, and nothing
+    /// is made beside it.
+    pub fn is_among_devices(&self) -> bool {
+        self.local().is_some_and(is_among_devices)
+    }
+
     pub(crate) fn directory(&self) -> Option<&Utf8Path> {
         self.local().and_then(Utf8Path::parent)
     }
@@ -121,6 +127,11 @@ impl std::fmt::Display for DiskAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(&self.0)
     }
+}
+
+/// See [`DiskAddress::is_among_devices`]. The shared memory below `/dev` is a directory of files like others.
+pub(crate) fn is_among_devices(path: &Utf8Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
 /// The scheme of an address and its text. A scheme is 2 to 32 small letters, digits, `+` and `-`, beginning
@@ -202,6 +213,21 @@ mod tests {
             let read = DiskAddress::from(address);
             assert_eq!((read.named(), read.local()), (Some((scheme, text)), None));
             assert_eq!(read.to_string(), address);
+        }
+    }
+
+    /// People keep disks of short lives in shared memory, which lies below `/dev` and has no devices.
+    #[test]
+    fn shared_memory_has_files() {
+        for (path, among) in [
+            ("/dev/vg/root", true),
+            ("/dev/sda", true),
+            ("/dev/shmem", true),
+            ("/dev/shm/a.qcow2", false),
+            ("/vm/dev/a", false),
+            ("rbd:/dev/a", false),
+        ] {
+            assert_eq!(DiskAddress::from(path).is_among_devices(), among, "{path}");
         }
     }
 

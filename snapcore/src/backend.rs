@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::address::{DiskAddress, DiskIdentity};
+use crate::address::{DiskAddress, DiskIdentity, is_among_devices};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, Inside, OpenLayer, SeenDisk};
@@ -702,7 +702,7 @@ impl FileUses {
 
 /// Returns true if the directory exists and has no such file, and the file does not come back by itself.
 pub(crate) fn is_gone_file(path: &Utf8Path) -> bool {
-    !path.starts_with("/dev")
+    !is_among_devices(path)
         && path.parent().is_some_and(Utf8Path::is_dir)
         && path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }

@@ -559,6 +559,27 @@ fn missing_hard_links_are_known_before() -> Result<()> {
     raw.verify()
 }
 
+/// Shared memory lies below `/dev`, and its files are files: they are asked for before anything, can be gone, and
+/// have clones beside them.
+#[test]
+fn disk_in_shared_memory_is_a_file() -> Result<()> {
+    let memory = tempfile::Builder::new().prefix("domsnap-test-").tempdir_in("/dev/shm")?;
+    let mut domain = Domain::new_in(&memory.path().join("domain"), &Shape::disks(2))?;
+    domain.create("s1", "external")?;
+    let without = || {
+        let domsnap = shim::watching_all(domain.domsnap(), domain.root())?;
+        Ok(domsnap.env("FAULTFS_FAIL_KIND", "link").env("FAULTFS_ERRNO", "EPERM"))
+    };
+    refused_before(&domain, &[&["create", NAME, "n", "--external"]], "a hard link", without)?;
+    domain.domsnap().done(&["clone", NAME, "s1", "copy"])?;
+    ensure!(domain.disks().join("copy").is_dir(), "the clone is not beside the domain's disks");
+    std::fs::remove_file(domain.path("vdb"))?;
+    let outcome = domain.declined(&["create", NAME, "s2"], status::REFUSED)?;
+    ensure!(outcome.stderr.contains("--disk vdb=skip"), "{outcome}");
+    domain.domsnap().done(&["create", NAME, "s2", "--disk", "vdb=skip"])?;
+    Ok(())
+}
+
 /// What a killed try has left goes with the next operation.
 #[test]
 fn a_killed_try_leaves_nothing_for_long() -> Result<()> {

@@ -51,11 +51,12 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
 /// Refuses media that QEMU cannot open.
 pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
     for medium in media {
-        let Some(file) = medium.address.as_ref().map(DiskAddress::as_str) else { continue };
+        let Some(address) = &medium.address else { continue };
         // A device of the host is opened by another driver, which QEMU finds by its name.
-        if file.starts_with("/dev/") {
+        if address.is_among_devices() {
             continue;
         }
+        let file = address.as_str();
         preflight::open_and_close(machine, "file", file, medium.writable).await.map_err(|error| {
             to_engine(error)
                 .context(format!("the memory has the medium {file} in drive {}", medium.drive))

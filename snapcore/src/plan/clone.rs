@@ -9,7 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::merged::{Merged, of_domain};
 use super::{DiskInput, Planner, require_single_tag, stamp};
-use crate::address::DiskAddress;
+use crate::address::{DiskAddress, is_among_devices};
 use crate::backend::{CloneDisk, ClonePlace, ClonePlan};
 use crate::domain::{DiskRecord, Domain, Machine};
 use crate::error::{Error, ErrorKind, Result};
@@ -135,7 +135,7 @@ impl Planner<'_> {
     fn directory(&self, wanted: &Snapshot) -> Utf8PathBuf {
         let members = self.disks.iter().filter(|disk| wanted.point(disk.target()).is_some());
         let mut directories = members.filter_map(|disk| disk.record.disk.address.local()?.parent());
-        let is_of_files = |directory: &&Utf8Path| !directory.starts_with("/dev");
+        let is_of_files = |directory: &&Utf8Path| !is_among_devices(directory);
         let directory = directories.find(is_of_files).unwrap_or(Utf8Path::new("/"));
         let is_own = directory.file_name() == Some(self.domain.name.as_str());
         match directory.parent() {

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{DomainRef, GivenImage};
-use crate::address::{DiskAddress, DiskIdentity, FileIdentity, file_identity};
+use crate::address::{DiskAddress, DiskIdentity, FileIdentity, file_identity, is_among_devices};
 use crate::domain::{Disk, Domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
@@ -122,7 +122,7 @@ impl GivenImage {
 /// The disks whose images do not exist. Block devices are ignored: a volume that is not active has no node.
 pub(super) fn missing(domain: &Domain) -> Vec<Target> {
     let is_missing = |disk: &Disk| {
-        let file = disk.local().filter(|path| !path.starts_with("/dev"));
+        let file = disk.local().filter(|path| !is_among_devices(path));
         file.is_some_and(|path| {
             path.symlink_metadata().is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
         })

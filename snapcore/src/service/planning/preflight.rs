@@ -25,6 +25,7 @@ use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
 use super::Planning;
 use super::probe::{MAKE_ROOM, Needs, Probe, no_room};
+use crate::address::is_among_devices;
 use crate::backend::{AdviceOn, FileUses};
 use crate::domain::{DiskRecord, Domain};
 use crate::error::{Error, ErrorKind, Result};
@@ -162,9 +163,9 @@ impl Works {
     fn add(&mut self, record: &DiskRecord, uses: &FileUses) {
         // Nothing is made beside a device, except files that the step itself names.
         let own =
-            record.disk.local().and_then(Utf8Path::parent).filter(|directory| !directory.starts_with("/dev"));
+            record.disk.local().and_then(Utf8Path::parent).filter(|directory| !is_among_devices(directory));
         for file in uses.makes.iter().chain(&uses.renames) {
-            let Some(directory) = file.parent().filter(|directory| !directory.starts_with("/dev")) else {
+            let Some(directory) = file.parent().filter(|directory| !is_among_devices(directory)) else {
                 continue;
             };
             let (needs, _, files) = self.images.entry(directory.to_owned()).or_default();
@@ -183,7 +184,7 @@ impl Works {
             let beside = records.iter().filter_map(|record| record.disk.local().and_then(Utf8Path::parent));
             let others = [&self.memory, &self.manifests].into_iter().flatten().map(|path| &**path);
             let all = beside.chain(self.images.keys().map(|path| &**path)).chain(others);
-            for directory in all.filter(|directory| !directory.starts_with("/dev")) {
+            for directory in all.filter(|directory| !is_among_devices(directory)) {
                 Probe::of(directory, records, false).sweep();
             }
         }
