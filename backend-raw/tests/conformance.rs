@@ -9,6 +9,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::backend::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, has_file};
 
+/// On a disk, wherever the temporary files of this run are: holes and extents are its file system's.
+const GROUND: &str = env!("CARGO_TARGET_TMPDIR");
+
 struct Files;
 
 impl TestBackend for Files {
@@ -19,24 +22,21 @@ impl TestBackend for Files {
     fn offers(&self, method: &str) -> bool {
         match method {
             "copy" => true,
-            // Directories for temporary files mostly share no blocks; the suites of whole domains mount what
-            // does.
+            // Most file systems share no blocks; the suites of whole domains mount what does.
             "reflink" | "external" => {
-                let shares = backend_raw::can_reflink(
-                    &Utf8PathBuf::from_path_buf(std::env::temp_dir()).unwrap_or_default().join("x"),
-                );
-                let shares = shares.unwrap_or(false);
+                let shares = backend_raw::can_reflink(&Utf8Path::new(GROUND).join("x")).unwrap_or(false);
                 if !shares {
-                    eprintln!(
-                        "no {method} here: the file system of {} shares no blocks",
-                        std::env::temp_dir().display()
-                    );
+                    eprintln!("no {method} here: the file system of {GROUND} shares no blocks");
                 }
                 shares
             }
             // Another format's disk from then on, and another path's.
             _ => false,
         }
+    }
+
+    fn ground(&self) -> Option<Utf8PathBuf> {
+        Some(GROUND.into())
     }
 
     fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {

@@ -10,7 +10,6 @@ use anyhow::{Context, Result};
 use crate::domsnap::{Domsnap, Outcome, status};
 use crate::model::Model;
 use crate::mounted::Mounted;
-use crate::place;
 use crate::qemu::{self, Write};
 use crate::verify;
 
@@ -111,7 +110,7 @@ impl Domain {
     /// # Errors
     /// What failed, as a message.
     pub fn unregistered(shape: &Shape) -> Result<Domain> {
-        let dir = place::directory("domsnap-test-")?;
+        let dir = tempfile::Builder::new().prefix("domsnap-test-").tempdir()?;
         Domain::make(Place::Own(dir), shape)
     }
 
