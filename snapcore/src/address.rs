@@ -76,8 +76,8 @@ impl DiskAddress {
     }
 
     /// The directory, where it is a file of this machine.
-    /// Returns true for a path among the device nodes, where a name comes and goes with its device, and nothing
-    /// is made beside it.
+    /// Returns true for a path among the device nodes, where a name comes and goes with its device, and
+    /// nothing is made beside it.
     pub fn is_among_devices(&self) -> bool {
         self.local().is_some_and(is_among_devices)
     }

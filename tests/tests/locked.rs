@@ -559,8 +559,8 @@ fn missing_hard_links_are_known_before() -> Result<()> {
     raw.verify()
 }
 
-/// Shared memory lies below `/dev`, and its files are files: they are asked for before anything, can be gone, and
-/// have clones beside them.
+/// Shared memory lies below `/dev`, and its files are files: they are asked for before anything, can be gone,
+/// and have clones beside them.
 #[test]
 fn disk_in_shared_memory_is_a_file() -> Result<()> {
     let memory = tempfile::Builder::new().prefix("domsnap-test-").tempdir_in("/dev/shm")?;
