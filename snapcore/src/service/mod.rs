@@ -33,6 +33,8 @@ mod report;
 mod rooms;
 mod viewer;
 
+use std::pin::Pin;
+
 pub use crate::event::{Event, EventStream};
 pub use crate::request::{
     AmendRequest, CloneRequest, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, HoldRequest,
@@ -49,3 +51,7 @@ pub use report::{
 pub use viewer::{
     Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot,
 };
+
+/// The future of a room's main entrance, compiled here. The body of a plain `async fn` is compiled in each
+/// crate that awaits it, and with it all that it calls: the engine and the importer in every program and kit.
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

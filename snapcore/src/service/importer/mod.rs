@@ -12,6 +12,7 @@ mod restore;
 
 use std::sync::Arc;
 
+use super::BoxFuture;
 use super::authority::{Authority, Leftovers, Manifests};
 use super::images::images_of;
 use super::records::Records;
@@ -162,13 +163,15 @@ impl Importer {
     /// # Errors
     /// [`ErrorKind::Refused`] for images that manifests beside them call layers of a domain, or disks of
     /// another.
-    pub(super) async fn import(&self, source: ImportSource) -> Result<Imported> {
-        let mut report = Report::default();
-        let matched = self.read(source, &mut report).await?;
-        let identity = self.identify(&matched, &mut report).await?;
-        let adopted = self.adopt(&matched, &identity, &mut report).await?;
-        let restored = self.restore(&matched, &identity, &adopted, &mut report).await?;
-        self.assemble(matched, identity, adopted, restored, report).await
+    pub(super) fn import(&self, source: ImportSource) -> BoxFuture<'_, Result<Imported>> {
+        Box::pin(async move {
+            let mut report = Report::default();
+            let matched = self.read(source, &mut report).await?;
+            let identity = self.identify(&matched, &mut report).await?;
+            let adopted = self.adopt(&matched, &identity, &mut report).await?;
+            let restored = self.restore(&matched, &identity, &adopted, &mut report).await?;
+            self.assemble(matched, identity, adopted, restored, report).await
+        })
     }
 
     /// Puts the parts together, with the snapshots that only the images know.

@@ -13,7 +13,7 @@ use super::images::{followed, known_address, real_images, require_files};
 use super::importer::{ImportSource, Imported, Importer, name_of_images};
 use super::records::Records;
 use super::reference::{Chosen, choose_disks, target_at};
-use super::{DomainRef, GivenImage};
+use super::{BoxFuture, DomainRef, GivenImage};
 use crate::address::DiskAddress;
 use crate::backend::DiskSnapshotter;
 use crate::catalogue::Entry;
@@ -81,12 +81,14 @@ impl Locator {
     }
 
     /// Finds the domain that a reference names.
-    pub(super) async fn locate(&self, reference: &DomainRef) -> Result<Located> {
-        match &*self.understood(reference)? {
-            DomainRef::Name(name) => self.refresh(self.records.load(name).await?).await,
-            DomainRef::Live { hypervisor, address } => self.locate_running(hypervisor, address).await,
-            DomainRef::Images(given) => self.locate_images(given).await,
-        }
+    pub(super) fn locate<'a>(&'a self, reference: &'a DomainRef) -> BoxFuture<'a, Result<Located>> {
+        Box::pin(async move {
+            match &*self.understood(reference)? {
+                DomainRef::Name(name) => self.refresh(self.records.load(name).await?).await,
+                DomainRef::Live { hypervisor, address } => self.locate_running(hypervisor, address).await,
+                DomainRef::Images(given) => self.locate_images(given).await,
+            }
+        })
     }
 
     /// The domain that runs at an address.

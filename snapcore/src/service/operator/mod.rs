@@ -18,7 +18,7 @@ use super::locator::{Live, Locator};
 use super::neighbours::Neighbours;
 use super::planning::{Planning, Watcher};
 use super::records::Records;
-use super::{DomainRef, Outcome};
+use super::{BoxFuture, DomainRef, Outcome};
 use crate::catalogue::Entry;
 use crate::domain::Domain;
 use crate::engine::Run;
@@ -58,36 +58,38 @@ pub(super) struct Operator {
 
 impl Operator {
     /// Carries `request` out on the domain that `reference` names.
-    pub(super) async fn change(
+    pub(super) fn change(
         &self,
         reference: DomainRef,
         request: Request,
         cancel: CancellationToken,
-    ) -> Result<Outcome> {
-        let mut locked = self.locks.lock(&reference, &cancel).await?;
-        if request.is_of_records() {
-            return self.change_records(locked, request, &cancel).await;
-        }
-        if let Request::Clone(_) = request {
-            return self.make_clones(locked, request, &cancel).await;
-        }
-        let mut recovered = Vec::new();
-        self.end_interrupted_start(&locked.located.entry.domain).await?;
-        let mut live = self.locator.connect(&locked.located.entry.domain).await?;
-        if locked.located.catalogued {
-            self.authority.require(&locked.manifests, &locked.located.entry).await?;
-            recovered = self.recover_entry(&mut locked, &mut live, &cancel).await?;
-        }
-        let Entry { domain, tree, .. } = &locked.located.entry;
-        let request = request.resolved(domain, tree, live.is_some())?;
-        let mut outcome = match &live {
-            Some(live) => self.change_alive(&mut locked, live, request, &cancel).await?,
-            None => self.change_once(&mut locked, None, &request, &cancel).await?,
-        };
-        self.remove_due(&mut locked, &mut outcome, &cancel).await;
-        outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
-        outcome.recovered = recovered;
-        Ok(outcome)
+    ) -> BoxFuture<'_, Result<Outcome>> {
+        Box::pin(async move {
+            let mut locked = self.locks.lock(&reference, &cancel).await?;
+            if request.is_of_records() {
+                return self.change_records(locked, request, &cancel).await;
+            }
+            if let Request::Clone(_) = request {
+                return self.make_clones(locked, request, &cancel).await;
+            }
+            let mut recovered = Vec::new();
+            self.end_interrupted_start(&locked.located.entry.domain).await?;
+            let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+            if locked.located.catalogued {
+                self.authority.require(&locked.manifests, &locked.located.entry).await?;
+                recovered = self.recover_entry(&mut locked, &mut live, &cancel).await?;
+            }
+            let Entry { domain, tree, .. } = &locked.located.entry;
+            let request = request.resolved(domain, tree, live.is_some())?;
+            let mut outcome = match &live {
+                Some(live) => self.change_alive(&mut locked, live, request, &cancel).await?,
+                None => self.change_once(&mut locked, None, &request, &cancel).await?,
+            };
+            self.remove_due(&mut locked, &mut outcome, &cancel).await;
+            outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
+            outcome.recovered = recovered;
+            Ok(outcome)
+        })
     }
 
     /// Ends what an interrupted start of the domain has left, and reports it.

@@ -13,7 +13,7 @@ use crate::request::Request;
 use crate::service::authority::Manifests;
 use crate::service::locator::Live;
 use crate::service::planning::chains_of;
-use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
+use crate::service::{BoxFuture, DomainRef, RecoveryEnd, RecoveryReport};
 
 impl Operator {
     /// Finishes or undoes every operation of the domain that has not ended.
@@ -109,46 +109,48 @@ impl Operator {
     }
 
     /// Recovers one domain, does deferred merges, and brings stale manifests up to date.
-    pub(in crate::service) async fn recover(
+    pub(in crate::service) fn recover(
         &self,
         reference: DomainRef,
         cancel: CancellationToken,
-    ) -> Result<Vec<RecoveryReport>> {
-        let mut locked = self.locks.lock(&reference, &cancel).await?;
-        if !locked.located.catalogued {
-            return Ok(Vec::new());
-        }
-        self.authority.require(&locked.manifests, &locked.located.entry).await?;
-        let name = locked.located.entry.domain.name.clone();
-        self.end_interrupted_start(&locked.located.entry.domain).await?;
-        let mut live = self.locator.connect(&locked.located.entry.domain).await?;
-        let mut reports = self.recover_entry(&mut locked, &mut live, &cancel).await?;
-        let left = match &live {
-            Some(live) if reports.is_empty() => self.clean_up(&locked.located.entry.domain, live).await?,
-            _ => Vec::new(),
-        };
-        for message in left {
-            self.events.report(Event::Warning { domain: name.clone(), message });
-        }
-        let (plan, run) = self.run(&mut locked, live.as_ref(), &Request::Tidy, &cancel).await?;
-        if let Some(operation_id) = run.operation {
-            reports.push(RecoveryReport {
-                domain: name.clone(),
-                operation_id,
-                operation: plan.operation,
-                snapshots: plan.snapshots,
-                found: OperationState::Planned,
-                end: RecoveryEnd::Done,
-                postponed: run.postponed,
-                notes: plan.notes.into_iter().chain(run.warnings).collect(),
-            });
-        }
-        match self.authority.write(&locked.manifests, &locked.located.entry).await {
-            Err(error) if error.kind() == ErrorKind::NoSpace || locked.manifests.have_no_place() => {
-                self.events.report(Event::Warning { domain: name, message: error.to_string() });
+    ) -> BoxFuture<'_, Result<Vec<RecoveryReport>>> {
+        Box::pin(async move {
+            let mut locked = self.locks.lock(&reference, &cancel).await?;
+            if !locked.located.catalogued {
+                return Ok(Vec::new());
             }
-            written => written?,
-        }
-        Ok(reports)
+            self.authority.require(&locked.manifests, &locked.located.entry).await?;
+            let name = locked.located.entry.domain.name.clone();
+            self.end_interrupted_start(&locked.located.entry.domain).await?;
+            let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+            let mut reports = self.recover_entry(&mut locked, &mut live, &cancel).await?;
+            let left = match &live {
+                Some(live) if reports.is_empty() => self.clean_up(&locked.located.entry.domain, live).await?,
+                _ => Vec::new(),
+            };
+            for message in left {
+                self.events.report(Event::Warning { domain: name.clone(), message });
+            }
+            let (plan, run) = self.run(&mut locked, live.as_ref(), &Request::Tidy, &cancel).await?;
+            if let Some(operation_id) = run.operation {
+                reports.push(RecoveryReport {
+                    domain: name.clone(),
+                    operation_id,
+                    operation: plan.operation,
+                    snapshots: plan.snapshots,
+                    found: OperationState::Planned,
+                    end: RecoveryEnd::Done,
+                    postponed: run.postponed,
+                    notes: plan.notes.into_iter().chain(run.warnings).collect(),
+                });
+            }
+            match self.authority.write(&locked.manifests, &locked.located.entry).await {
+                Err(error) if error.kind() == ErrorKind::NoSpace || locked.manifests.have_no_place() => {
+                    self.events.report(Event::Warning { domain: name, message: error.to_string() });
+                }
+                written => written?,
+            }
+            Ok(reports)
+        })
     }
 }
