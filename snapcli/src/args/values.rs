@@ -2,7 +2,7 @@
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
-use snapcore::service::CreateDisk;
+use snapcore::service::{CreateDisk, DomainRef};
 use snapcore::{LayerName, PointKind, Target, local_zone};
 
 /// A disk of a domain to register.
@@ -11,6 +11,45 @@ pub struct DiskPlace {
     pub target: Target,
     pub path: Utf8PathBuf,
     pub format: Option<String>,
+}
+
+/// The domain of a command; or, with `--group`, its domains.
+#[derive(Debug, Clone)]
+pub struct Domains {
+    one: DomainRef,
+    text: Option<String>,
+}
+
+impl Domains {
+    /// The domain, without `--group`.
+    pub fn one(&self) -> &DomainRef {
+        &self.one
+    }
+
+    /// The domains, with `--group`.
+    ///
+    /// # Errors
+    /// Text that is no list of domains.
+    pub fn each(&self) -> snapcore::Result<Vec<DomainRef>> {
+        match &self.text {
+            Some(text) => DomainRef::parse_group(text),
+            None => Ok(vec![self.one.clone()]),
+        }
+    }
+}
+
+impl From<DomainRef> for Domains {
+    fn from(one: DomainRef) -> Self {
+        Self { one, text: None }
+    }
+}
+
+impl std::str::FromStr for Domains {
+    type Err = snapcore::Error;
+
+    fn from_str(text: &str) -> snapcore::Result<Self> {
+        Ok(Self { one: text.parse()?, text: Some(text.to_owned()) })
+    }
 }
 
 /// A time, or none.
