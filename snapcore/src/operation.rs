@@ -39,8 +39,8 @@ pub enum OperationState {
     Preparing,
     /// The cut steps run.
     Cutting,
-    /// Every step before the commit point is done, and the operation of another domain of the group decides if
-    /// this one happens.
+    /// Every step before the commit point is done, and the operation of another domain of the group decides
+    /// if this one happens.
     Ready,
     /// Past the commit point: the operation took effect, and the rest is carried through.
     Finishing,

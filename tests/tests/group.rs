@@ -191,6 +191,29 @@ fn group_at_rest_is_made_shown_and_removed() -> Result<()> {
     Ok(())
 }
 
+/// A snapshot of a group is a snapshot of its domain: it is reverted to and deleted alone, also where those
+/// of the others are gone; and the rest of the group is reverted together.
+#[test]
+fn member_is_used_without_its_group() -> Result<()> {
+    let group = Group::with_snapshot()?;
+    let domsnap = group.domsnap();
+    domsnap.done(&["revert", "queue", "s1"])?;
+    ensure!(pattern_of(&group.disk("queue"), None)? == THEN && pattern_of(&group.disk("db"), None)? == NOW);
+    let deleted = domsnap.done(&["delete", "queue", "s1"])?;
+    ensure!(deleted.stdout.contains("that group is not whole any more"), "{deleted}");
+    let refused = domsnap.run(&["revert", ALL, "s1", "--group"])?.expect_status(status::REFUSED)?;
+    ensure!(refused.stderr.contains("queue"), "{refused}");
+    domsnap.done(&["revert", "shop,db", "s1", "--group"])?;
+    ensure!(pattern_of(&group.disk("db"), None)? == THEN && pattern_of(&group.disk("shop"), None)? == THEN);
+    domsnap.done(&["delete", "db", "s1"])?;
+    domsnap.done(&["delete", "shop", "s1"])?;
+    ensure!(group.names()?.is_empty() && group.sound()? == THEN);
+    // The name is free again.
+    domsnap.done(&["create", ALL, "s1", "--group"])?;
+    ensure!(group.sound()? == THEN);
+    Ok(())
+}
+
 /// What cannot be one group is refused before anything is begun.
 #[test]
 fn what_is_no_group_is_refused() -> Result<()> {
@@ -203,7 +226,7 @@ fn what_is_no_group_is_refused() -> Result<()> {
     };
     refused(&["create", "db", "s2", "--group"], status::USAGE, "two domains or more")?;
     refused(&["create", "db,shop,db", "s2", "--group"], status::USAGE, "domain db is named twice")?;
-    refused(&["create", "db,,shop", "s2", "--group"], status::REFUSED, "db,shop")?;
+    refused(&["create", "db,,shop", "s2", "--group"], status::USAGE, "two domains or more")?;
     refused(&["create", "db,nobody", "s2", "--group"], status::REFUSED, "there is no domain nobody")?;
     refused(&["revert", "db,shop", "s9", "--group"], status::REFUSED, "s9")?;
     refused(&["create", ALL, "s1", "--group"], status::REFUSED, "has a snapshot s1 already")?;
@@ -211,8 +234,20 @@ fn what_is_no_group_is_refused() -> Result<()> {
     // One file of two domains.
     let shared = group.root().join("shared.qcow2");
     std::fs::hard_link(group.disk("db"), &shared)?;
-    refused(&["create", &format!("db,{}", shared.display()), "s2", "--group"], status::REFUSED, "db")?;
+    let outcome = domsnap.run(&["create", &format!("db,{}", shared.display()), "s2", "--group"])?;
+    let declined = matches!(outcome.status, Some(status::USAGE | status::REFUSED));
+    ensure!(declined && outcome.stderr.contains("db"), "{outcome}");
     std::fs::remove_file(shared)?;
+    // A base that two domains share is no file that one of them writes.
+    let base = group.root().join("base.qcow2");
+    qemu::img(&["create", "-q", "-f", "qcow2", &text(&base), "1M"])?;
+    let overlay = |name: &str| -> Result<String> {
+        let path = group.root().join(name);
+        let args = ["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", &text(&path)];
+        qemu::img(&args)?;
+        Ok(text(&path))
+    };
+    domsnap.done(&["create", &format!("{},{}", overlay("x.qcow2")?, overlay("y.qcow2")?), "s", "--group"])?;
     // Snapshots of one name that were taken one after the other.
     for name in ["db", "shop"] {
         domsnap.done(&["create", name, "alone"])?;
@@ -407,8 +442,8 @@ fn failed_member_undoes_all() -> Result<()> {
     Ok(())
 }
 
-/// A domain whose part is ready is not committed, undone or given up by itself: the journal of the domain that
-/// decides is asked, also where that is in use or is closed by the user.
+/// A domain whose part is ready is not committed, undone or given up by itself: the journal of the domain
+/// that decides is asked, also where that is in use or is closed by the user.
 #[test]
 fn ready_member_asks_the_decider() -> Result<()> {
     let group = (CREATE.prepare)()?;
@@ -598,12 +633,22 @@ fn running_guests_are_cut_at_one_instant() -> Result<()> {
     let memories = said["domains"].as_array().context("domains")?;
     let memories = memories.iter().filter(|member| !member["snapshot"]["memory"].is_null()).count();
     ensure!(memories == 2, "{said}");
+    // A guest that its user has paused stays so, and is one of them.
+    machines.machines[3].qmp("stop", serde_json::json!({}))?;
+    let said: Value = machines.domsnap().done(&["create", &all, "paused", "--group", "--json"])?.json()?;
+    let power: Vec<&str> =
+        said["domains"].as_array().context("domains")?.iter().filter_map(|d| d["power"].as_str()).collect();
+    ensure!(power == ["running", "running", "running", "paused"], "{said}");
+    ensure!(machines.machines[3].state()? == "paused", "the paused guest runs");
+    machines.domsnap().done(&["revert", &all, "paused", "--group"])?;
+    ensure!(machines.machines[3].state()? == "paused", "the paused guest runs after the revert");
+    machines.machines[3].qmp("cont", serde_json::json!({}))?;
     machines.domsnap().done(&["delete", &all, "d1", "d2", "m", "--group"])?;
     machines.sound("d0").map(drop)
 }
 
-/// Killed at one of its commands to QEMU, domsnap leaves guests that a recovery resumes, and a snapshot of all
-/// domains or of none. Where a guest's process dies, the others go on without the snapshot.
+/// Killed at one of its commands to QEMU, domsnap leaves guests that a recovery resumes, and a snapshot of
+/// all domains or of none. Where a guest's process dies, the others go on without the snapshot.
 #[test]
 fn killed_with_guests_paused_they_go_on() -> Result<()> {
     let every = usize::try_from(seed::from_env("DOMSNAP_LIVE_EVERY", 8))?.max(1);

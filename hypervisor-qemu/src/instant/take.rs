@@ -367,11 +367,12 @@ where
         Ok(paused) => undo.paused = Some(paused),
         Err(error) => return Err(undo.all(error).await),
     }
+    let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
+    let mut events = machine.qmp().events();
+    // The wait may be long: from before it on, a resume by another client is noticed.
     if let Err(error) = meet(machine, together, Meeting::Paused).await {
         return Err(undo.all(error).await);
     }
-    let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
-    let mut events = machine.qmp().events();
     if draft.is_some() && !was_running && !by_snapshot {
         // The state differs from the one planned for: the guest may have panicked, or switched itself off,
         // just before it was stopped.

@@ -178,8 +178,8 @@ impl Engine<'_> {
         running.begin(prologue).await
     }
 
-    /// Finishes or undoes an operation that was interrupted. `verdict` is the decision about an operation that
-    /// is ready, which the deciding operation's journal has.
+    /// Finishes or undoes an operation that was interrupted. `verdict` is the decision about an operation
+    /// that is ready, which the deciding operation's journal has.
     ///
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`], with the state that things are in.
@@ -394,9 +394,9 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// The commit point: one transaction has `changes`, which record the last steps as done, the plan's edits,
-    /// and the state `finishing`. A crash before it undoes, and a crash after it carries through. There is no
-    /// state between, in which the catalogue knows a snapshot whose layers an undo removes.
+    /// The commit point: one transaction has `changes`, which record the last steps as done, the plan's
+    /// edits, and the state `finishing`. A crash before it undoes, and a crash after it carries through.
+    /// There is no state between, in which the catalogue knows a snapshot whose layers an undo removes.
     async fn commit(&mut self, changes: Vec<Change>) -> Result<()> {
         let mut changes = self.agree(changes).await?;
         changes.extend(self.commit_changes()?);

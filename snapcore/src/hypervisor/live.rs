@@ -128,7 +128,7 @@ pub enum Meeting {
 /// A hypervisor that can take part in a group ([`super::HypervisorProfile::groups`]) calls it in
 /// [`LiveDomain::apply`]: in [`DomainStep::Instant`] at [`Meeting::Ready`], [`Meeting::Paused`] and
 /// [`Meeting::Cut`], in [`DomainStep::Detach`] at the first two, and in [`DomainStep::Continue`] at
-/// [`Meeting::Loaded`]. Every one of them, in this order, and each before the guest is paused, cut or resumed.
+/// [`Meeting::Loaded`].
 #[async_trait]
 pub trait Rendezvous: Send + Sync {
     /// Waits until all domains of the group have come this far. It may be repeated.

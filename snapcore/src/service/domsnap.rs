@@ -295,6 +295,10 @@ impl Domsnap {
         domains: &[DomainRef],
         request: &Request,
     ) -> Result<Vec<(DomainName, Plan)>> {
+        for domain in domains {
+            let located = self.rooms.locator.locate(domain).await?;
+            self.refuse_interrupted(&located.entry.domain.name).await?;
+        }
         self.rooms.operator.plan_group(domains.to_vec(), request.clone()).await
     }
 

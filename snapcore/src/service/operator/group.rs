@@ -81,8 +81,8 @@ impl Operator {
         if let Some(first) = prepared.first_mut() {
             first.plan.finish.push(commit_step(others));
         }
-        // Order of durability: see `Operator::run`. What enters the catalogue here is so of each domain alone,
-        // whatever becomes of the group.
+        // Order of durability: see `Operator::run`. What enters the catalogue here is true of each domain
+        // alone, whatever becomes of the group.
         for (member, prepared) in members.iter_mut().zip(&mut prepared) {
             prepared.prologue = self.record(&mut member.locked, &prepared.request).await?;
         }
@@ -130,7 +130,6 @@ impl Operator {
         for reference in self.in_order(references).await? {
             let located = self.locator.locate(&reference).await?;
             let entry = located.entry;
-            self.records.refuse_unfinished(&entry).await?;
             let manifests = self.authority.manifests(&entry.domain)?;
             if located.catalogued {
                 self.authority.require(&manifests, &entry).await?;
@@ -510,7 +509,14 @@ fn all_or_error(runs: Vec<Result<Run>>, failed: Option<usize>) -> Result<Vec<Run
             .advise("run `domsnap recover`"));
     }
     if undone && error.kind() != ErrorKind::NeedsRecovery {
-        error = error.state(format!("rolled back in all {count} domains of the group"));
+        let all = format!("rolled back in all {count} domains of the group");
+        error = match error.state_now() {
+            None | Some("rolled back") => error.state(all),
+            Some(own) => {
+                let both = format!("{own}; {all}");
+                error.state(both)
+            }
+        };
     }
     Err(error)
 }
