@@ -231,9 +231,10 @@ async fn cancelled_group_is_undone() {
 async fn overlapping_groups_do_not_wait() {
     let place = Place::new(Doing::Create).await;
     let (one, two) = (place.service(), place.service());
-    let reversed: Vec<DomainRef> = all().into_iter().rev().collect();
+    let group = all();
+    let reversed: Vec<DomainRef> = group.iter().rev().cloned().collect();
     let (first, second) = tokio::join!(
-        one.create_group(&all(), CreateRequest::new(name("one")), go()),
+        one.create_group(&group, CreateRequest::new(name("one")), go()),
         two.create_group(&reversed, CreateRequest::new(name("two")), go()),
     );
     assert!(first.is_ok() || second.is_ok(), "{first:?} {second:?}");
