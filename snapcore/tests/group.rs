@@ -132,10 +132,10 @@ async fn transactions(doing: Doing) -> usize {
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// The process is killed at every transaction, before and after it.
+/// The process is killed before every transaction, and after the last one.
 #[test]
 fn killed_group_is_of_all_or_none() {
     for doing in [Doing::Create, Doing::Revert, Doing::Delete] {
@@ -143,6 +143,10 @@ fn killed_group_is_of_all_or_none() {
         let (mut done, mut undone) = (0, 0);
         for number in 1..=count {
             for when in [When::Before, When::After] {
+                // After one is before the next.
+                if when == When::After && number < count {
+                    continue;
+                }
                 let first = runtime();
                 let mut place = first.block_on(Place::new(doing));
                 place.catalogue.commits.set(vec![Fault { number, when, how: How::Stop }]);
@@ -172,7 +176,7 @@ fn killed_group_is_of_all_or_none() {
     }
 }
 
-/// Every transaction fails once, with an effect that nobody was told of, and without one.
+/// Every transaction fails once, with an effect that is not reported, and without one.
 #[tokio::test]
 async fn failed_transaction_is_of_all_or_none() {
     for doing in [Doing::Create, Doing::Revert, Doing::Delete] {

@@ -16,14 +16,21 @@ pub struct DiskPlace {
 /// The domain of a command; or, with `--group`, its domains.
 #[derive(Debug, Clone)]
 pub struct Domains {
-    one: DomainRef,
-    text: Option<String>,
+    /// Absent: it is a list of domains alone.
+    one: Option<DomainRef>,
+    text: String,
 }
 
 impl Domains {
     /// The domain, without `--group`.
-    pub fn one(&self) -> &DomainRef {
-        &self.one
+    ///
+    /// # Errors
+    /// Text that only a group can have.
+    pub fn one(&self) -> snapcore::Result<DomainRef> {
+        match &self.one {
+            Some(one) => Ok(one.clone()),
+            None => self.text.parse(),
+        }
     }
 
     /// The domains, with `--group`.
@@ -31,16 +38,13 @@ impl Domains {
     /// # Errors
     /// Text that is no list of domains.
     pub fn each(&self) -> snapcore::Result<Vec<DomainRef>> {
-        match &self.text {
-            Some(text) => DomainRef::parse_group(text),
-            None => Ok(vec![self.one.clone()]),
-        }
+        DomainRef::parse_group(&self.text)
     }
 }
 
 impl From<DomainRef> for Domains {
     fn from(one: DomainRef) -> Self {
-        Self { one, text: None }
+        Self { text: one.to_string(), one: Some(one) }
     }
 }
 
@@ -48,7 +52,14 @@ impl std::str::FromStr for Domains {
     type Err = snapcore::Error;
 
     fn from_str(text: &str) -> snapcore::Result<Self> {
-        Ok(Self { one: text.parse()?, text: Some(text.to_owned()) })
+        let one = match text.parse() {
+            Ok(one) => Some(one),
+            Err(error) => match DomainRef::parse_group(text) {
+                Ok(group) if group.len() > 1 => None,
+                _ => return Err(error),
+            },
+        };
+        Ok(Self { one, text: text.to_owned() })
     }
 }
 

@@ -23,7 +23,8 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
     let group = if args.group { Some(args.domain.each()?) } else { None };
     let name = match (&group, args.name) {
         (Some(domains), None) => group::free_name(session, domains)?,
-        (_, name) => or_the_time(session, args.domain.one(), name)?,
+        (None, name) => or_the_time(session, &args.domain.one()?, name)?,
+        (Some(_), Some(name)) => name,
     };
     let mut request = CreateRequest::new(name.clone()).description(args.description);
     if let Some(time) = args.expires {
@@ -43,7 +44,7 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
         Some(domains) => return group::create(session, &domains, request),
         None => {}
     }
-    let domain = args.domain.one();
+    let domain = &args.domain.one()?;
     if args.dry_run {
         return dry_run(session, domain, &Request::Create(request));
     }
@@ -137,7 +138,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     let mut request = RevertRequest::new(args.name.clone());
     let mut saved = None;
     if let Some(name) = args.save_current {
-        let name = or_the_time(session, args.domain.one(), name)?;
+        let name = or_the_time(session, &args.domain.one()?, name)?;
         request = request.save_current(name.clone());
         saved = Some(name);
     } else {
@@ -164,7 +165,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
             false => group::revert(session, &domains, request),
         };
     }
-    let domain = args.domain.one();
+    let domain = &args.domain.one()?;
     if args.dry_run {
         return dry_run(session, domain, &Request::Revert(request));
     }
@@ -250,7 +251,7 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
             false => group::delete(session, &domains, request),
         };
     }
-    let domain = args.domain.one();
+    let domain = &args.domain.one()?;
     if args.dry_run {
         return dry_run(session, domain, &Request::Delete(request));
     }

@@ -77,7 +77,7 @@ impl Operator {
             .iter()
             .map(|member| GroupMember::new(member.entry().domain.name.clone(), OperationId::fresh()))
             .collect();
-        let (decider, others) = operations.split_first().ok_or_else(nobody)?;
+        let (decider, others) = operations.split_first().ok_or_else(without_members)?;
         if let Some(first) = prepared.first_mut() {
             first.plan.finish.push(commit_step(others));
         }
@@ -243,7 +243,7 @@ impl Operator {
                 for name in &delete.names {
                     first.get_or_insert(require_one_group(members, name)?);
                 }
-                let id = first.ok_or_else(nobody)?;
+                let id = first.ok_or_else(without_members)?;
                 let runs = members.iter().any(|(_, live)| live.is_some());
                 let of_member = |(_, live): &(&Entry, Option<&Live>)| {
                     let mut delete = delete.clone();
@@ -399,7 +399,7 @@ fn commit_step(others: &[GroupMember]) -> FinishUnit {
     FinishUnit::Domain(HypervisorStep::new(DomainStep::CommitOthers { members: others.to_vec() }, summary))
 }
 
-fn nobody() -> Error {
+fn without_members() -> Error {
     Error::new(ErrorKind::Internal, "a group without domains or snapshots")
 }
 
@@ -476,7 +476,7 @@ fn require_one_group(members: &[(&Entry, Option<&Live>)], name: &SnapshotName) -
             (Some(group), None) => found = Some((group.id, own)),
         }
     }
-    found.map(|(id, _)| id).ok_or_else(nobody)
+    found.map(|(id, _)| id).ok_or_else(without_members)
 }
 
 /// The runs of all domains, or one error for the group. `failed` is the domain because of which all were
