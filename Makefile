@@ -62,6 +62,7 @@ test-all: export DOMSNAP_STRIKES_EVERY = 1
 test-all: export DOMSNAP_NEXT_EVERY = 1
 test-all: export DOMSNAP_LIVE_EVERY = 1
 test-all: export DOMSNAP_LIVE_OPERATIONS = 200
+test-all: export DOMSNAP_GROUP_EVERY = 1
 test-all: export DOMSNAP_POLICY_KILLS_EVERY = 1
 test-all: export DOMSNAP_POWER_CASES = 240
 test-all: export DOMSNAP_TEST_LVM_KIT = all

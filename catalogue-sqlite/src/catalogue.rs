@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
-use snapcore::catalogue::{Operation, OperationId};
+use snapcore::catalogue::{Operation, OperationId, OperationState};
 use snapcore::{DiskAddress, Domain, DomainName, Error, ErrorKind, Result, SnapshotTree};
 
 use crate::lock;
@@ -366,6 +366,7 @@ impl Shared {
                 | Change::Edit(_)
                 | Change::Begin(_)
                 | Change::Operation(..)
+                | Change::Ready(..)
                 | Change::Step(..) => None,
             });
             transaction
@@ -474,6 +475,22 @@ impl Shared {
                         "UPDATE operations SET errors = json_insert(errors, '$[#]', ?2) WHERE id = ?1",
                         params![operation.to_string(), error],
                     )?;
+                }
+            }
+            Change::Ready(operation, edits) => {
+                let changed = transaction
+                    .prepare_cached(
+                        "UPDATE operations SET state = ?3, commit_edits = ?4 WHERE id = ?1 AND domain = ?2",
+                    )?
+                    .execute(params![
+                        operation.to_string(),
+                        row,
+                        OperationState::Ready.as_str(),
+                        record::json(&edits)?
+                    ])?;
+                if changed != 1 {
+                    let detail = format!("the journal has no operation {operation} of domain {name}");
+                    return Err(Error::new(ErrorKind::Internal, detail).into());
                 }
             }
             Change::Step(operation, index, state) => {

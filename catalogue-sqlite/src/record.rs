@@ -146,7 +146,7 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
                 p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped, p.identity,
-                s.role, s.holds, s.deferred, s.expires, s.policy
+                s.role, s.holds, s.deferred, s.expires, s.policy, s.of_group
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -203,7 +203,8 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
                     row.get::<_, Option<String>>(18)?
                         .map(|id| from_word("identity of a policy", id))
                         .transpose()?,
-                ),
+                )
+                .group(row.get::<_, Option<String>>(19)?.map(|text| from_json("group", &text)).transpose()?),
             );
         }
         if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
@@ -325,8 +326,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
     connection
         .prepare_cached(
             "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine,
-                 skipped, role, holds, deferred, expires, policy)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+                 skipped, role, holds, deferred, expires, policy, of_group)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
         )?
         .execute(params![
             key,
@@ -344,6 +345,7 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             snapshot.deferred,
             snapshot.expires.map(|expires| expires.to_string()),
             snapshot.policy.map(|policy| policy.to_string()),
+            snapshot.group.as_ref().map(json).transpose()?,
         ])?;
     let mut statement = connection.prepare_cached(
         "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size, identity)
@@ -368,8 +370,8 @@ pub(crate) fn write_operation(connection: &Connection, domain: i64, operation: &
     let id = operation.id.to_string();
     let plan = &operation.plan;
     connection.execute(
-        "INSERT INTO operations (id, domain, kind, state, started, snapshots, commit_edits, notes, errors)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        "INSERT INTO operations (id, domain, kind, state, started, snapshots, commit_edits, notes, errors, of_group)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
         params![
             id,
             domain,
@@ -380,6 +382,7 @@ pub(crate) fn write_operation(connection: &Connection, domain: i64, operation: &
             json(&plan.commit)?,
             json(&plan.notes)?,
             json(&operation.errors)?,
+            operation.group.as_ref().map(json).transpose()?,
         ],
     )?;
     let mut statement = connection.prepare_cached(
@@ -422,7 +425,7 @@ pub(crate) fn read_operations(connection: &Connection, domain: i64, wanted: Want
         Wanted::All | Wanted::Unfinished => None,
     };
     let mut statement = connection.prepare_cached(
-        "SELECT id, kind, state, started, snapshots, commit_edits, notes, errors FROM operations
+        "SELECT id, kind, state, started, snapshots, commit_edits, notes, errors, of_group FROM operations
          WHERE domain = ?1 AND (id = ?2 OR (?2 IS NULL AND (?3 OR state NOT IN ('done', 'undone')))) ORDER BY id",
     )?;
     let mut rows = statement.query(params![domain, only, wanted == Wanted::All])?;
@@ -444,7 +447,8 @@ pub(crate) fn read_operations(connection: &Connection, domain: i64, wanted: Want
             )
             .state(OperationState::from_word(&state).ok_or_else(|| corrupt("operation state", &state))?)
             .steps(steps)
-            .errors(from_json("errors", &row.get::<_, String>(7)?)?),
+            .errors(from_json("errors", &row.get::<_, String>(7)?)?)
+            .group(row.get::<_, Option<String>>(8)?.map(|text| from_json("group", &text)).transpose()?),
         );
     }
     Ok(operations)

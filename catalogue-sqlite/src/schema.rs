@@ -202,6 +202,10 @@ ALTER TABLE snapshots ADD COLUMN expires TEXT;
 -- The policy of a domain, as JSON; and the one that took a snapshot (absent: a user, or another program).
 ALTER TABLE domains ADD COLUMN policy TEXT;
 ALTER TABLE snapshots ADD COLUMN policy TEXT;
+", "
+-- The group of an operation, and of a snapshot, with other domains, as JSON; absent: it has none.
+ALTER TABLE operations ADD COLUMN of_group TEXT;
+ALTER TABLE snapshots ADD COLUMN of_group TEXT;
 "];
 
 /// Meaning of a database's version to this program.

@@ -375,7 +375,9 @@ impl LiveDomain for XenDomain {
             DomainStep::Media { .. } => Ok(StepOutcome::default()),
             DomainStep::RemoveMemory { image } => remove_memory(image).await.map(|()| StepOutcome::default()),
             // The engine's own.
-            DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => Ok(StepOutcome::default()),
+            DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
+            | DomainStep::CloneMemory { .. } => Ok(StepOutcome::default()),
         }
     }
 
@@ -394,6 +396,7 @@ impl LiveDomain for XenDomain {
             DomainStep::CheckMemory { .. }
             | DomainStep::ReopenByName { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))

@@ -16,7 +16,7 @@ mod xl;
 
 pub use disk::{CopyFormat, Disk, Serve};
 pub use policy::{Policy, PolicyInstall, PolicyRemove, PolicyRun, PolicyShow};
-pub use values::{DiskPlace, Moment};
+pub use values::{DiskPlace, Domains, Moment};
 use values::{bytes, disk_choice, disk_place, skipped_disk, when, when_or_never};
 pub use xl::{Xl, XlCommand, XlCreate, XlDelete, XlList, XlRevert};
 
@@ -178,10 +178,13 @@ impl Kind {
 
 #[derive(Debug, Args)]
 pub struct Create {
-    /// The domain
-    pub domain: DomainRef,
+    /// The domain; with --group, two or more, joined by commas
+    pub domain: Domains,
     /// The new snapshot's name [default: the local time]
     pub name: Option<SnapshotName>,
+    /// Take the snapshot of several domains at one instant: of all of them, or of none
+    #[arg(long, conflicts_with = "disks")]
+    pub group: bool,
     #[command(flatten)]
     pub kind: Kind,
     /// Choose for one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=METHOD with
@@ -272,10 +275,13 @@ impl Then {
 
 #[derive(Debug, Args)]
 pub struct Revert {
-    /// The domain
-    pub domain: DomainRef,
+    /// The domain; with --group, two or more, joined by commas
+    pub domain: Domains,
     /// The snapshot
     pub name: SnapshotName,
+    /// Revert several domains to the snapshot that was taken of them at one instant: all of them, or none
+    #[arg(long, conflicts_with_all = ["save_current", "skip", "no_safety", "config"])]
+    pub group: bool,
     /// Save the current state as a snapshot first [default name: the local time]
     #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
     pub save_current: Option<Option<SnapshotName>>,
@@ -573,11 +579,14 @@ pub struct History {
 
 #[derive(Debug, Args)]
 pub struct Delete {
-    /// The domain
-    pub domain: DomainRef,
+    /// The domain; with --group, two or more, joined by commas
+    pub domain: Domains,
     /// The snapshots
     #[arg(required_unless_present = "expired", value_name = "NAME")]
     pub names: Vec<SnapshotName>,
+    /// Delete snapshots that were taken of several domains at one instant: in all of them, or in none
+    #[arg(long, conflicts_with_all = ["defer", "expired", "children", "children_only"])]
+    pub group: bool,
     /// Delete held snapshots when their last hold ends, and the others now
     #[arg(long)]
     pub defer: bool,

@@ -15,8 +15,8 @@ use snapcore::policy::{Policy, PolicyId, PolicySpec, ReviewedSnapshot};
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, PastOperation};
 use snapcore::service::{PreviousState, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Consistency, DiskAddress, Domain, DomainName, ErrorKind, Hold, Holder, Hypervisor, MemoryPoint, Plan,
-    PointKind, Registry, SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
+    Consistency, DiskAddress, Domain, DomainName, ErrorKind, GroupId, Hold, Holder, Hypervisor, MemoryPoint,
+    Plan, PointKind, Registry, SkippedDisk, Snapshot, SnapshotGroup, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -85,6 +85,8 @@ pub struct SnapshotDoc {
     pub expires: Option<Timestamp>,
     /// The policy that took it; null: a user did, or another program.
     pub policy: Option<PolicyId>,
+    /// The group of snapshots of other domains that were taken at the same instant; null: there is none.
+    pub group: Option<SnapshotGroup>,
 }
 
 impl SnapshotDoc {
@@ -129,6 +131,7 @@ impl SnapshotDoc {
             deferred: snapshot.deferred,
             expires: snapshot.expires,
             policy: snapshot.policy,
+            group: snapshot.group.clone(),
         }
     }
 
@@ -306,6 +309,35 @@ pub struct CreateDoc {
     pub outcome: Outcome,
     /// The domain's power state now; null if it did not run.
     pub power: Option<Power>,
+}
+
+/// `create`, `revert` and `delete` with `--group`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct GroupDoc {
+    /// The group of the snapshots.
+    pub group: GroupId,
+    /// One a domain, in the order of their names.
+    pub domains: Vec<GroupDomainDoc>,
+}
+
+/// One domain of a group.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct GroupDomainDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// The new snapshot; null: none was created.
+    pub snapshot: Option<SnapshotDoc>,
+    /// The outcome.
+    pub outcome: Outcome,
+    /// The domain's power state now; null if it did not run, or was not asked.
+    pub power: Option<Power>,
+}
+
+/// `--group` with `--dry-run`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct GroupPlanDoc {
+    /// The plan of each domain, in the order of their names. The first one's decides about all.
+    pub domains: Vec<PlanDoc>,
 }
 
 /// `delete`, `undo --forget`, `hold`, `release`, `rename`, `describe`, `expire`.
@@ -798,6 +830,7 @@ pub fn schema() -> serde_json::Value {
     }
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
+        "group": GroupDoc, "group-dry-run": GroupPlanDoc,
         "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
         "policy-run": PolicyRunDoc, "policy-install": PolicyInstallDoc, "policy-remove": PolicyRemoveDoc,

@@ -38,9 +38,9 @@ use snapcore::hypervisor::DomainStep;
 use snapcore::policy::{Policy, PolicyId};
 use snapcore::{
     ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind,
-    FinishStep, FinishUnit, Hold, Holder, HoldingProcess, HypervisorStep, LayerName, MemoryPoint, NestedStep,
-    Plan, PlanStep, Point, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotRole, SnapshotTree, Step,
-    Target,
+    FinishStep, FinishUnit, GroupId, GroupMember, Hold, Holder, HoldingProcess, HypervisorStep, LayerName,
+    MemoryPoint, NestedStep, OperationGroup, Plan, PlanStep, Point, SkippedDisk, Snapshot, SnapshotGroup,
+    SnapshotId, SnapshotName, SnapshotRole, SnapshotTree, Step, Target,
 };
 
 /// A place for a catalogue, empty at first. It lasts as long as this.
@@ -137,6 +137,9 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     .machine((number > 1).then(|| "m".to_owned()))
     .skipped(vec![SkippedDisk::new(Target::new("vdz").unwrap(), "/vdz.raw")])
     .holds(if number.is_multiple_of(2) { vec![hold(number)] } else { Vec::new() })
+    .group((number == 2).then(|| {
+        SnapshotGroup::new(GroupId::fresh(), ["db", "web"].map(|name| DomainName::new(name).unwrap()).into())
+    }))
     .deferred(number.is_multiple_of(3))
     .expires(number.is_multiple_of(4).then_some(Timestamp::UNIX_EPOCH))
     .policy(number.is_multiple_of(2).then(policy_id))
@@ -238,13 +241,23 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
             .notes(vec!["a note".into()]),
     )
     .state(OperationState::Preparing)
-    .steps(vec![StepState::Pending; 11]);
+    .steps(vec![StepState::Pending; 11])
+    .group(Some(OperationGroup::new(
+        GroupId::fresh(),
+        GroupMember::new(DomainName::new("db").unwrap(), OperationId::fresh()),
+    )));
     let revision = catalogue
         .commit(&web.name, revision, vec![Change::Begin(Box::new(operation.clone()))])
         .await
         .unwrap();
     assert_eq!(catalogue.unfinished(&web.name).await.unwrap(), [operation.clone()]);
     assert!(catalogue.domains().await.unwrap()[0].unfinished);
+    // What its commit point will record is known when all that comes before is done.
+    let edits = vec![Edit::AddSnapshot { snapshot: Box::new(snapshot(2, None)) }];
+    let changes = vec![Change::Ready(operation.id, edits.clone())];
+    let revision = catalogue.commit(&web.name, revision, changes).await.unwrap();
+    (operation.state, operation.plan.commit) = (OperationState::Ready, edits);
+    assert_eq!(catalogue.unfinished(&web.name).await.unwrap(), [operation.clone()]);
     let changes = vec![
         Change::Step(operation.id, 8, StepState::Undone),
         Change::Operation(operation.id, OperationState::Undone, Some("it \"failed\"".into())),

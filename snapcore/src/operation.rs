@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::group::OperationGroup;
 use crate::shape::{PlacedStep, Plan};
 use crate::step::Group;
 
@@ -38,6 +39,9 @@ pub enum OperationState {
     Preparing,
     /// The cut steps run.
     Cutting,
+    /// Every step before the commit point is done, and the operation of another domain of the group decides
+    /// if this one happens.
+    Ready,
     /// Past the commit point: the operation took effect, and the rest is carried through.
     Finishing,
     /// All steps are done or deferred.
@@ -55,6 +59,8 @@ pub(crate) enum Transition {
     Record,
     /// All prepare steps are done.
     Cut,
+    /// All cut steps are done, and the group's decision is awaited.
+    Vote,
     /// The catalogue records the outcome.
     Commit,
     /// All finish steps are done or deferred.
@@ -76,19 +82,21 @@ impl OperationState {
         match (self, transition) {
             (S::Planned, T::Record) => Ok(S::Preparing),
             (S::Preparing, T::Cut) => Ok(S::Cutting),
-            (S::Cutting, T::Commit) => Ok(S::Finishing),
+            (S::Cutting, T::Vote) => Ok(S::Ready),
+            (S::Cutting | S::Ready, T::Commit) => Ok(S::Finishing),
             (S::Finishing, T::Finish) => Ok(S::Done),
-            (S::Preparing | S::Cutting | S::Undoing, T::Undo) => Ok(S::Undoing),
+            (S::Preparing | S::Cutting | S::Ready | S::Undoing, T::Undo) => Ok(S::Undoing),
             (S::Undoing, T::Undone) => Ok(S::Undone),
             (
                 state @ (S::Planned
                 | S::Preparing
                 | S::Cutting
+                | S::Ready
                 | S::Finishing
                 | S::Done
                 | S::Undoing
                 | S::Undone),
-                transition @ (T::Record | T::Cut | T::Commit | T::Finish | T::Undo | T::Undone),
+                transition @ (T::Record | T::Cut | T::Vote | T::Commit | T::Finish | T::Undo | T::Undone),
             ) => Err(Error::new(
                 ErrorKind::Internal,
                 format!("an operation that is {state} has no transition {transition:?}"),
@@ -100,7 +108,12 @@ impl OperationState {
     pub fn is_final(self) -> bool {
         match self {
             Self::Done | Self::Undone => true,
-            Self::Planned | Self::Preparing | Self::Cutting | Self::Finishing | Self::Undoing => false,
+            Self::Planned
+            | Self::Preparing
+            | Self::Cutting
+            | Self::Ready
+            | Self::Finishing
+            | Self::Undoing => false,
         }
     }
 
@@ -110,6 +123,7 @@ impl OperationState {
             Self::Planned => "planned",
             Self::Preparing => "preparing",
             Self::Cutting => "cutting",
+            Self::Ready => "ready",
             Self::Finishing => "finishing",
             Self::Done => "done",
             Self::Undoing => "undoing",
@@ -123,6 +137,7 @@ impl OperationState {
             Self::Planned,
             Self::Preparing,
             Self::Cutting,
+            Self::Ready,
             Self::Finishing,
             Self::Done,
             Self::Undoing,
@@ -231,12 +246,22 @@ pub struct Operation {
     pub steps: Vec<StepState>,
     /// Its errors, in the order in which they happened.
     pub errors: Vec<String>,
+    /// The group, if it is one with the operations of other domains.
+    pub group: Option<OperationGroup>,
 }
 
 impl Operation {
     /// Makes an operation that is planned, without states of steps.
     pub fn new(id: OperationId, started: Timestamp, plan: Plan) -> Self {
-        Self { id, started, plan, state: OperationState::Planned, steps: Vec::new(), errors: Vec::new() }
+        Self {
+            id,
+            started,
+            plan,
+            state: OperationState::Planned,
+            steps: Vec::new(),
+            errors: Vec::new(),
+            group: None,
+        }
     }
 }
 
@@ -244,6 +269,7 @@ setters!(Operation {
     state: OperationState,
     steps: Vec<StepState>,
     errors: Vec<String>,
+    group: Option<OperationGroup>,
 });
 
 impl Operation {
@@ -266,19 +292,21 @@ impl Operation {
 mod tests {
     use super::*;
 
-    const STATES: [OperationState; 7] = [
+    const STATES: [OperationState; 8] = [
         OperationState::Planned,
         OperationState::Preparing,
         OperationState::Cutting,
+        OperationState::Ready,
         OperationState::Finishing,
         OperationState::Done,
         OperationState::Undoing,
         OperationState::Undone,
     ];
 
-    const TRANSITIONS: [Transition; 6] = [
+    const TRANSITIONS: [Transition; 7] = [
         Transition::Record,
         Transition::Cut,
+        Transition::Vote,
         Transition::Commit,
         Transition::Finish,
         Transition::Undo,
@@ -296,7 +324,8 @@ mod tests {
                 } else if state == OperationState::Finishing {
                     assert_eq!(after.is_ok(), transition == Transition::Finish);
                 } else if transition == Transition::Commit {
-                    assert_eq!(after.is_ok(), state == OperationState::Cutting);
+                    let commits = matches!(state, OperationState::Cutting | OperationState::Ready);
+                    assert_eq!(after.is_ok(), commits);
                 }
             }
         }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
+use crate::group::SnapshotGroup;
 use crate::hold::{Holder, HoldingProcess};
 use crate::hypervisor::{CloneNetwork, PowerAfter, Quiesce};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
@@ -59,6 +60,8 @@ pub struct CreateRequest {
     pub policy: Option<PolicyId>,
     /// True if the snapshot saves the state that a revert is going to replace. It is no user's snapshot.
     pub(crate) hidden: bool,
+    /// The group of snapshots of other domains that are taken with it.
+    pub(crate) group: Option<SnapshotGroup>,
 }
 
 /// Default time limit of pre-copy.
@@ -85,6 +88,7 @@ impl CreateRequest {
             expires: None,
             policy: None,
             hidden: false,
+            group: None,
         }
     }
 
@@ -338,6 +342,8 @@ pub struct DeleteRequest {
     /// A snapshot that the domain's policy prunes. It is deleted only if the policy still does when the
     /// domain is locked.
     pub prune: Option<SnapshotId>,
+    /// True if the snapshots of the other domains of their groups are deleted too.
+    pub(crate) group: bool,
 }
 
 impl DeleteRequest {
@@ -351,6 +357,7 @@ impl DeleteRequest {
             defer: false,
             expired: false,
             prune: None,
+            group: false,
         }
     }
 

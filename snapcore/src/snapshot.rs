@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::address::DiskAddress;
 use crate::domain::DiskRecord;
 use crate::error::{Error, ErrorKind, Result};
+use crate::group::SnapshotGroup;
 use crate::hold::Hold;
 use crate::name::{LayerName, SnapshotName, Target};
 use crate::policy::PolicyId;
@@ -258,6 +259,9 @@ pub struct Snapshot {
     /// The policy that took it; absent: a user did, or another program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyId>,
+    /// The group of snapshots of other domains that were taken at the same instant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<SnapshotGroup>,
 }
 
 impl Snapshot {
@@ -279,6 +283,7 @@ impl Snapshot {
             deferred: false,
             expires: None,
             policy: None,
+            group: None,
         }
     }
 }
@@ -296,6 +301,7 @@ setters!(Snapshot {
     deferred: bool,
     expires: Option<Timestamp>,
     policy: Option<PolicyId>,
+    group: Option<SnapshotGroup>,
 });
 
 impl Snapshot {

@@ -7,6 +7,7 @@ use std::{
 
 use qmp::{Events, Notice};
 use serde_json::{Value, json};
+use snapcore::hypervisor::{Meeting, Rendezvous};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -145,6 +146,22 @@ impl Cut {
     where
         F: Future<Output = std::result::Result<T, BoxError>>,
     {
+        self.take_together(machine, &(), while_paused).await
+    }
+
+    /// Like [`Cut::take`], at one instant with the machines of other domains. It meets them before the pause
+    /// and after it. The third meeting, before the guest is resumed, is the caller's in `while_paused`.
+    ///
+    /// A guest that a pre-copy has paused waits for the others: it meets them twice then.
+    pub(crate) async fn take_together<T, F>(
+        self,
+        machine: &Machine,
+        together: &dyn Rendezvous,
+        while_paused: impl FnOnce() -> F,
+    ) -> Result<CutOutcome<T>>
+    where
+        F: Future<Output = std::result::Result<T, BoxError>>,
+    {
         let Self { disks, memory, avoid_background, trust_marks } = self;
         let disks = Disks::find(machine, disks).await?;
         let state = machine.run_state().await?;
@@ -152,7 +169,7 @@ impl Cut {
         let attempted = "preparing the cut";
         permits.disks.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
         let Some((draft, live)) = memory else {
-            return paused_cut(machine, disks, Course::DiskOnly, while_paused).await;
+            return paused_cut(machine, disks, Course::DiskOnly, together, while_paused).await;
         };
         let running = state.running;
         let save_by = permits.memory.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
@@ -176,7 +193,7 @@ impl Cut {
                 };
                 let course =
                     Course::Memory { draft, settings, form: Form::Background, method, why_not: None };
-                return paused_cut(machine, disks, course, while_paused).await;
+                return paused_cut(machine, disks, course, together, while_paused).await;
             }
             (Err(error), _) => match error.kind() {
                 ErrorKind::Refused | ErrorKind::Unsupported => error,
@@ -198,7 +215,7 @@ impl Cut {
             _ if !running => {
                 let settings = Settings::apply(machine, Form::Plain).await?;
                 let course = Course::Saved { draft, settings, why_not };
-                paused_cut(machine, disks, course, while_paused).await
+                paused_cut(machine, disks, course, together, while_paused).await
             }
             SaveMode::Paused => {
                 let settings = Settings::apply(machine, Form::Plain).await?;
@@ -209,7 +226,7 @@ impl Cut {
                     method: CutMethod::NonLive,
                     why_not,
                 };
-                paused_cut(machine, disks, course, while_paused).await
+                paused_cut(machine, disks, course, together, while_paused).await
             }
             SaveMode::Live { budget } => {
                 let settings = Settings::apply(machine, Form::PreCopy).await?;
@@ -218,9 +235,10 @@ impl Cut {
                     // A migration to its end would leave it `postmigrate`.
                     let settings = Settings::apply(machine, Form::Plain).await?;
                     let course = Course::Saved { draft, settings, why_not };
-                    return paused_cut(machine, disks, course, while_paused).await;
+                    return paused_cut(machine, disks, course, together, while_paused).await;
                 };
-                switch_over(machine, disks, draft, writing, ended, why_not, while_paused).await
+                let copied = (writing, ended);
+                switch_over(machine, disks, draft, copied, why_not, together, while_paused).await
             }
         }
     }
@@ -317,6 +335,7 @@ async fn paused_cut<T, F>(
     machine: &Machine,
     disks: Disks,
     course: Course,
+    together: &dyn Rendezvous,
     while_paused: impl FnOnce() -> F,
 ) -> Result<CutOutcome<T>>
 where
@@ -338,7 +357,11 @@ where
     };
     let mut undo = Undo { machine, disks: &disks, settings, writing: None, paused: None, inactive: false };
     let mut clock = Clock::start(machine);
-    // 1) Pause: from here until the transaction nothing may change the disks.
+    // 1) Pause: from here until the transaction nothing may change the disks. The guests of a group are
+    //    paused when all of them can be, and none is cut before all are paused.
+    if let Err(error) = meet(machine, together, Meeting::Ready).await {
+        return Err(undo.all(error).await);
+    }
     clock.since = Some(Instant::now());
     match machine.pause().await {
         Ok(paused) => undo.paused = Some(paused),
@@ -346,6 +369,10 @@ where
     }
     let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
     let mut events = machine.qmp().events();
+    // The wait may be long: from before it on, a resume by another client is noticed.
+    if let Err(error) = meet(machine, together, Meeting::Paused).await {
+        return Err(undo.all(error).await);
+    }
     if draft.is_some() && !was_running && !by_snapshot {
         // The state differs from the one planned for: the guest may have panicked, or switched itself off,
         // just before it was stopped.
@@ -416,6 +443,14 @@ where
     let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
     let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
     Ok(CutOutcome { method, why_not, stopped_for, was_running, memory, done })
+}
+
+/// Waits for the other domains of a group.
+async fn meet(machine: &Machine, together: &dyn Rendezvous, meeting: Meeting) -> Result<()> {
+    together.meet(meeting).await.map_err(|error| {
+        let subject = machine.qmp().socket().display();
+        Error::hook("waiting for the other domains of the group", subject, Box::new(error))
+    })
 }
 
 /// Fails if another client has resumed the guest since the events are listened to: memory and disks are not
@@ -615,9 +650,9 @@ async fn switch_over<T, F>(
     machine: &Machine,
     disks: Disks,
     draft: Draft,
-    writing: Writing,
-    copied: Copied,
+    (writing, copied): (Writing, Copied),
     why_not: Option<String>,
+    together: &dyn Rendezvous,
     while_paused: impl FnOnce() -> F,
 ) -> Result<CutOutcome<T>>
 where
@@ -633,6 +668,8 @@ where
     // transaction is the instant, and no page can change after it. A crash here leaves a migration that
     // waits, and overlays that undo merges back.
     let cut = async {
+        meet(machine, together, Meeting::Ready).await?;
+        meet(machine, together, Meeting::Paused).await?;
         disks.cut(machine).await?;
         let state = json!({ "state": "pre-switchover" });
         machine.run(attempted, &subject, "migrate-continue", state).await?;

@@ -10,7 +10,7 @@ use camino::Utf8Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::hypervisor::{
-    DiskInstant, DomainContext, MemoryPlan, OpenLayer, PowerAfter, Quiesce, StepOutcome, Taken,
+    DiskInstant, DomainContext, Meeting, MemoryPlan, OpenLayer, PowerAfter, Quiesce, StepOutcome, Taken,
 };
 use snapcore::{Consistency, DiskAddress, Error, ErrorKind, Result, Target};
 
@@ -113,6 +113,9 @@ pub(super) async fn take(
     //    not thaw it.
     let mut paused_before = None;
     if stays && frozen.is_none() {
+        if let Err(error) = context.together.meet(Meeting::Ready).await {
+            return Err(close(live, error, &opened).await);
+        }
         match machine.pause().await {
             Ok(paused) => paused_before = Some(paused),
             Err(error) => return Err(close(live, to_engine(error), &opened).await),
@@ -135,7 +138,12 @@ pub(super) async fn take(
         if let Err(error) = context.inside.run(None).await {
             return Err(served::switch_back(&switches, error).await.into());
         }
-        if let Err(error) = served::require_switched(&switches) {
+        // The guest goes on when all guests of the group can.
+        let switched = match served::require_switched(&switches) {
+            Ok(()) => context.together.meet(Meeting::Cut).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = switched {
             let error = match context.inside.back(None).await {
                 Ok(()) => error,
                 Err(second) => error.state(format!("paths were not moved back: {second}")),
@@ -144,7 +152,7 @@ pub(super) async fn take(
         }
         Ok(at)
     };
-    let taken = match cut.take(machine, hook).await {
+    let taken = match cut.take_together(machine, context.together, hook).await {
         Ok(taken) => taken,
         Err(error) => {
             let whole = error.state_now().is_none() && !error.is_lost();

@@ -521,7 +521,7 @@ impl LiveDomain for QemuDomain {
             }
             DomainStep::Detach { disks, .. } => {
                 let notes = self.lost_bitmaps(disks.iter()).await?;
-                section::open(self, disks).await?;
+                section::open(self, disks, context.together).await?;
                 return Ok(StepOutcome::default().notes(notes));
             }
             DomainStep::Attach { disks, restart } => {
@@ -543,7 +543,9 @@ impl LiveDomain for QemuDomain {
                 remove_memory(image).await?;
             }
             // The engine's own.
-            DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
+            DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
+            | DomainStep::CloneMemory { .. } => {}
         }
         Ok(StepOutcome::default())
     }
@@ -565,6 +567,7 @@ impl LiveDomain for QemuDomain {
             }
             DomainStep::ReopenByName { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that cannot be undone was to be undone";

@@ -197,7 +197,7 @@ async fn reach(socket: &Path, greeting: Duration) -> Result<Option<Machine>> {
 impl VmStateSaver for Qemu {
     fn profile(&self) -> HypervisorProfile {
         let profile = HypervisorProfile::new(NAME, "QEMU", "SOCKET").key("qmp");
-        profile.agent().start().compress().saves_while_running()
+        profile.agent().start().compress().saves_while_running().groups()
     }
 
     fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control> {

@@ -8,7 +8,9 @@ use std::{
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
-use snapcore::hypervisor::{DomainContext, GuestChange, OpenChain, PowerAfter, StepOutcome};
+use snapcore::hypervisor::{
+    DomainContext, GuestChange, Meeting, OpenChain, PowerAfter, Rendezvous, StepOutcome,
+};
 use snapcore::{Error, ErrorKind, Result, Target};
 use tokio::{task::JoinHandle, time::timeout};
 
@@ -37,14 +39,18 @@ const LOADING: Duration = Duration::from_secs(600);
 const SOON: Duration = Duration::from_secs(30);
 
 /// Pauses the guest and closes the files of disks. A disk that is closed already is skipped.
-pub(super) async fn open(live: &QemuDomain, targets: &[Target]) -> Result<()> {
+///
+/// The guests of a group are paused when all of them can be, and no disk is closed before all are paused.
+pub(super) async fn open(live: &QemuDomain, targets: &[Target], together: &dyn Rendezvous) -> Result<()> {
     // 1) Refuse before anything is changed. 2) Delete our unused nodes, which could keep an image open.
     refuse_encrypted(live, targets).await?;
     sweep(live).await?;
+    together.meet(Meeting::Ready).await?;
     let begun = Instant::now();
     // 3) Mark the section and pause the guest, in this order (see `mark`).
     let _paused = Mark::open_section(&live.machine).await.map_err(to_engine)?;
     live.section_since().get_or_insert(begun);
+    together.meet(Meeting::Paused).await?;
     // 4) Close the chains. A crash here leaves some disks detached under a paused guest; undo reopens those
     //    by their placeholders.
     close_disks(live, targets).await
@@ -288,6 +294,7 @@ pub(super) async fn finish(
     // 2) Resume before the marks are removed. A crash in between leaves marks beside a running guest, which
     //    `tidy` removes. With the opposite order, a crash would leave a paused guest without a record that it
     //    ran.
+    context.together.meet(Meeting::Loaded).await?;
     if resumes {
         match memory.is_some() || reset {
             true => machine.cont().await.map_err(to_engine)?,

@@ -2,7 +2,7 @@
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
-use snapcore::service::CreateDisk;
+use snapcore::service::{CreateDisk, DomainRef};
 use snapcore::{LayerName, PointKind, Target, local_zone};
 
 /// A disk of a domain to register.
@@ -11,6 +11,56 @@ pub struct DiskPlace {
     pub target: Target,
     pub path: Utf8PathBuf,
     pub format: Option<String>,
+}
+
+/// The domain of a command; or, with `--group`, its domains.
+#[derive(Debug, Clone)]
+pub struct Domains {
+    /// Absent: it is a list of domains alone.
+    one: Option<DomainRef>,
+    text: String,
+}
+
+impl Domains {
+    /// The domain, without `--group`.
+    ///
+    /// # Errors
+    /// Text that only a group can have.
+    pub fn one(&self) -> snapcore::Result<DomainRef> {
+        match &self.one {
+            Some(one) => Ok(one.clone()),
+            None => self.text.parse(),
+        }
+    }
+
+    /// The domains, with `--group`.
+    ///
+    /// # Errors
+    /// Text that is no list of domains.
+    pub fn each(&self) -> snapcore::Result<Vec<DomainRef>> {
+        DomainRef::parse_group(&self.text)
+    }
+}
+
+impl From<DomainRef> for Domains {
+    fn from(one: DomainRef) -> Self {
+        Self { text: one.to_string(), one: Some(one) }
+    }
+}
+
+impl std::str::FromStr for Domains {
+    type Err = snapcore::Error;
+
+    fn from_str(text: &str) -> snapcore::Result<Self> {
+        let one = match text.parse() {
+            Ok(one) => Some(one),
+            Err(error) => match DomainRef::parse_group(text) {
+                Ok(group) if group.len() > 1 => None,
+                _ => return Err(error),
+            },
+        };
+        Ok(Self { one, text: text.to_owned() })
+    }
 }
 
 /// A time, or none.

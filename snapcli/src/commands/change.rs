@@ -11,8 +11,8 @@ use crate::answer::Answer;
 use crate::args::{Create, CreateRunning, Delete, KeepForUndo, Revert, Then};
 use crate::commands::domain::absolute;
 use crate::commands::held::default_keep;
-use crate::commands::power;
 use crate::commands::show::memory_size;
+use crate::commands::{group, power};
 use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, Power, RevertDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -20,7 +20,12 @@ use crate::units;
 
 /// `domsnap create`
 pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
-    let name = or_the_time(session, &args.domain, args.name)?;
+    let group = if args.group { Some(args.domain.each()?) } else { None };
+    let name = match (&group, args.name) {
+        (Some(domains), None) => group::free_name(session, domains)?,
+        (None, name) => or_the_time(session, &args.domain.one()?, name)?,
+        (Some(_), Some(name)) => name,
+    };
     let mut request = CreateRequest::new(name.clone()).description(args.description);
     if let Some(time) = args.expires {
         request = request.expires(time);
@@ -32,12 +37,20 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
         request = request.disk(target, how);
     }
     request = running(request, &args.running);
+    match group {
+        Some(domains) if args.dry_run => {
+            return group::dry_run(session, &domains, &Request::Create(request));
+        }
+        Some(domains) => return group::create(session, &domains, request),
+        None => {}
+    }
+    let domain = &args.domain.one()?;
     if args.dry_run {
-        return dry_run(session, &args.domain, &Request::Create(request));
+        return dry_run(session, domain, &Request::Create(request));
     }
     let then = request.then;
-    let outcome = session.change(session.service.create(&args.domain, request, session.cancel()))?;
-    let mut document = created(session, &args.domain, &name, outcome)?;
+    let outcome = session.change(session.service.create(domain, request, session.cancel()))?;
+    let mut document = created(session, domain, &name, outcome)?;
     document.power = power::after_create(&document.outcome, then);
     Ok(session.changed(document, |document| {
         let mut points: Vec<String> = document
@@ -52,7 +65,7 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
             "created snapshot {name} of {}: {}{}\n{}",
             document.domain,
             points.join(", "),
-            pause_summary(document),
+            pause_summary(document.power, &document.outcome),
             remarks(&document.outcome)
         )
     }))
@@ -83,9 +96,9 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
 }
 
 /// Formats how long the guest was paused, and by which method; or its state if it did not resume.
-fn pause_summary(document: &CreateDoc) -> String {
-    let method = document.outcome.method.as_ref().map(|method| format!(" ({method})")).unwrap_or_default();
-    match (document.power, document.outcome.downtime_us) {
+pub fn pause_summary(power: Option<Power>, outcome: &Outcome) -> String {
+    let method = outcome.method.as_ref().map(|method| format!(" ({method})")).unwrap_or_default();
+    match (power, outcome.downtime_us) {
         (None, _) => String::new(),
         (Some(Power::Off), _) => format!("; domain was ended and is off{method}"),
         (Some(Power::Paused), _) => format!("; guest is paused{method}"),
@@ -125,7 +138,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     let mut request = RevertRequest::new(args.name.clone());
     let mut saved = None;
     if let Some(name) = args.save_current {
-        let name = or_the_time(session, &args.domain, name)?;
+        let name = or_the_time(session, &args.domain.one()?, name)?;
         request = request.save_current(name.clone());
         saved = Some(name);
     } else {
@@ -145,11 +158,19 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     if let Some(config) = &args.config {
         request = request.config(absolute(config)?);
     }
-    if args.dry_run {
-        return dry_run(session, &args.domain, &Request::Revert(request));
+    if args.group {
+        let domains = args.domain.each()?;
+        return match args.dry_run {
+            true => group::dry_run(session, &domains, &Request::Revert(request)),
+            false => group::revert(session, &domains, request),
+        };
     }
-    let outcome = session.change(session.service.revert(&args.domain, request, session.cancel()))?;
-    let now = power::after_revert(session, &args.domain, &outcome);
+    let domain = &args.domain.one()?;
+    if args.dry_run {
+        return dry_run(session, domain, &Request::Revert(request));
+    }
+    let outcome = session.change(session.service.revert(domain, request, session.cancel()))?;
+    let now = power::after_revert(session, domain, &outcome);
     let document = RevertDoc { domain: outcome.domain.clone(), outcome, power: now };
     Ok(session.changed(document, |document| {
         let outcome = &document.outcome;
@@ -223,10 +244,18 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
     };
     let request = DeleteRequest::new(args.names).scope(scope).limit(args.limit).force(args.force);
     let request = request.defer(args.defer).expired(args.expired);
-    if args.dry_run {
-        return dry_run(session, &args.domain, &Request::Delete(request));
+    if args.group {
+        let domains = args.domain.each()?;
+        return match args.dry_run {
+            true => group::dry_run(session, &domains, &Request::Delete(request)),
+            false => group::delete(session, &domains, request),
+        };
     }
-    let outcome = session.change(session.service.delete(&args.domain, request, session.cancel()))?;
+    let domain = &args.domain.one()?;
+    if args.dry_run {
+        return dry_run(session, domain, &Request::Delete(request));
+    }
+    let outcome = session.change(session.service.delete(domain, request, session.cancel()))?;
     Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
         let outcome = &document.outcome;
         let what = match outcome.snapshots.len() {
@@ -312,20 +341,7 @@ pub fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Resu
     let Some(plan) = plans.pop() else {
         return Err(Error::new(ErrorKind::Internal, "no plan was made").into());
     };
-    let guest = plan.guest();
-    let document = PlanDoc {
-        domain: domain.to_string(),
-        bytes: plans.iter().chain([&plan]).map(Plan::bytes).fold(0, u64::saturating_add),
-        first: plans.pop(),
-        plan,
-        guest: guest.map(|(change, _)| change),
-        power: guest.and_then(|(change, power)| match (change, power) {
-            (GuestChange::Ended, _) => Some(Power::Off),
-            (_, Some(PowerAfter::Paused)) => Some(Power::Paused),
-            (_, Some(PowerAfter::Running)) => Some(Power::Running),
-            _ => None,
-        }),
-    };
+    let document = plan_document(domain.to_string(), plans.pop(), plan);
     Ok(session.reported(document, |document| {
         let mut text = String::new();
         if let Some(first) = &document.first {
@@ -335,6 +351,24 @@ pub fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Resu
         text.push_str(&plan_text(&document.domain, &document.plan));
         text + "no changes made\n"
     }))
+}
+
+/// The document on a plan, and on the one that comes `first`.
+pub fn plan_document(domain: String, first: Option<Plan>, plan: Plan) -> PlanDoc {
+    let guest = plan.guest();
+    PlanDoc {
+        domain,
+        bytes: first.iter().chain([&plan]).map(Plan::bytes).fold(0, u64::saturating_add),
+        first,
+        plan,
+        guest: guest.map(|(change, _)| change),
+        power: guest.and_then(|(change, power)| match (change, power) {
+            (GuestChange::Ended, _) => Some(Power::Off),
+            (_, Some(PowerAfter::Paused)) => Some(Power::Paused),
+            (_, Some(PowerAfter::Running)) => Some(Power::Running),
+            _ => None,
+        }),
+    }
 }
 
 /// Formats a plan's effect on the guest.
@@ -356,7 +390,8 @@ fn guest_then(change: GuestChange, power: Option<PowerAfter>) -> String {
     format!("{what}{then}")
 }
 
-fn plan_text(domain: &str, plan: &Plan) -> String {
+/// Formats a plan.
+pub fn plan_text(domain: &str, plan: &Plan) -> String {
     let mut text = format!(
         "would {} {} of {domain}: {}, {} to move\n",
         plan.operation,

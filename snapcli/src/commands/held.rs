@@ -110,7 +110,10 @@ pub fn history(session: &Session, args: &History) -> Result<Answer, Failure> {
         let rows = document.operations.iter().map(|operation| {
             vec![
                 units::time(operation.started, &zone),
-                operation.operation.clone(),
+                match operation.group {
+                    Some(_) => format!("{} (group)", operation.operation),
+                    None => operation.operation.clone(),
+                },
                 operation.state.to_string(),
                 names(&operation.snapshots),
                 operation.errors.last().cloned().unwrap_or_default(),

@@ -109,7 +109,10 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
 
 /// The description of a snapshot, and what keeps or ends it.
 fn described(snapshot: &SnapshotDoc, now: Timestamp) -> String {
-    match (snapshot.description.as_str(), marks(&snapshot.holds, snapshot.deferred, snapshot.expires, now)) {
+    let group = snapshot.group.as_ref().map(|group| format!("group of {}", group.domains.len()));
+    let marks = marks(&snapshot.holds, snapshot.deferred, snapshot.expires, now);
+    let marks: Vec<String> = group.into_iter().chain((!marks.is_empty()).then_some(marks)).collect();
+    match (snapshot.description.as_str(), marks.join("; ")) {
         (text, marks) if marks.is_empty() => text.to_owned(),
         ("", marks) => format!("[{marks}]"),
         (text, marks) => format!("{text} [{marks}]"),

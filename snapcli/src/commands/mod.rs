@@ -7,6 +7,7 @@ mod disk;
 mod domain;
 mod export;
 mod generate;
+mod group;
 mod health;
 mod held;
 mod list;

@@ -50,6 +50,7 @@ fn document(details: Details) -> ShowDoc {
             deferred: snapshot.deferred,
             expires: snapshot.expires,
             policy: snapshot.policy,
+            group: snapshot.group,
         },
         children,
         machine,
@@ -84,6 +85,10 @@ fn reported(document: &ShowDoc) -> String {
     }
     if snapshot.deferred {
         line("deferred", "it is deleted when its last hold ends");
+    }
+    if let Some(group) = &snapshot.group {
+        let domains: Vec<&str> = group.domains.iter().map(|name| name.as_str()).collect();
+        line("group", &format!("{}, at one instant ({})", domains.join(", "), group.id));
     }
     if let Some(expiry) = expiry(snapshot.expires, Timestamp::now()) {
         line("expiry", &expiry);

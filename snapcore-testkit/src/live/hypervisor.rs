@@ -159,6 +159,7 @@ impl TestLive {
             DomainStep::ReopenByName { .. }
             | DomainStep::Media { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => {}
             DomainStep::CheckMemory { .. }
             | DomainStep::SaveMemory { .. }
@@ -192,6 +193,7 @@ impl TestLive {
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => {}
         }
         Ok(())

@@ -159,6 +159,9 @@ pub enum Change {
     Begin(Box<Operation>),
     /// Sets the state of an operation; `error`, if given, is added to its errors.
     Operation(OperationId, OperationState, Option<String>),
+    /// Records that every step before the commit point of an operation is done: its state becomes
+    /// [`OperationState::Ready`], and these are the edits of its commit point, as they became in its course.
+    Ready(OperationId, Vec<Edit>),
     /// Sets the state of a step of an operation.
     Step(OperationId, usize, StepState),
 }

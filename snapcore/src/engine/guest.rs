@@ -51,6 +51,7 @@ impl Guest {
                 | DomainStep::CheckMemory { .. }
                 | DomainStep::RemoveMemory { .. }
                 | DomainStep::Register { .. }
+                | DomainStep::CommitOthers { .. }
                 | DomainStep::CloneMemory { .. },
             ) => guest,
         }

@@ -26,6 +26,7 @@
 //! asked.
 
 mod finish;
+mod group;
 mod guest;
 mod register;
 mod step;
@@ -39,7 +40,9 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::group::{GroupRun, Seat, Verdict, commit_others};
 use self::guest::Guest;
+pub(crate) use self::step::side_by_side;
 use crate::catalogue::{Catalogue, Change, Entry, Revision};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
@@ -67,6 +70,8 @@ pub(crate) struct Engine<'a> {
     pub(crate) live: Option<&'a dyn LiveDomain>,
     /// The files that no other process may use: checked again before the cut.
     pub(crate) watched: Option<&'a dyn Watch>,
+    /// The place in the run of a group, where the operation is one with those of other domains.
+    pub(crate) seat: Option<Seat<'a>>,
 }
 
 /// Files that no other process may use while an operation runs.
@@ -115,6 +120,9 @@ struct Running<'a> {
     cancel: &'a CancellationToken,
     /// Set if the operation was interrupted before this run: since then the domain may have run.
     resumed: bool,
+    /// Set if the operation is ready and its group's decision is not known to be against it: then it must not
+    /// be undone.
+    bound: bool,
     /// The effect of this run on the guest.
     guest: Guest,
     run: Run,
@@ -145,12 +153,13 @@ impl Engine<'_> {
         }
         let steps = vec![StepState::Pending; plan.step_count()];
         let operation = Operation {
-            id: OperationId::fresh(),
+            id: self.seat.map_or_else(OperationId::fresh, |seat| seat.operation()),
             state: OperationState::Planned,
             started: Timestamp::now(),
             plan,
             steps,
             errors: Vec::new(),
+            group: self.seat.map(|seat| seat.group()),
         };
         let recorded =
             self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
@@ -162,13 +171,15 @@ impl Engine<'_> {
             operation,
             cancel,
             resumed: false,
+            bound: false,
             guest: Guest::Running,
             run,
         };
         running.begin(prologue).await
     }
 
-    /// Finishes or undoes an operation that was interrupted.
+    /// Finishes or undoes an operation that was interrupted. `verdict` is the decision about an operation
+    /// that is ready, which the deciding operation's journal has.
     ///
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`], with the state that things are in.
@@ -176,6 +187,7 @@ impl Engine<'_> {
         &self,
         entry: &mut Entry,
         operation: Operation,
+        verdict: Verdict,
         cancel: &CancellationToken,
     ) -> Result<Run> {
         let run = Run::new(Some(operation.id));
@@ -186,13 +198,27 @@ impl Engine<'_> {
             operation,
             cancel,
             resumed: true,
+            bound: false,
             guest: Guest::Running,
             run,
         };
+        if running.operation.state == OperationState::Ready {
+            match verdict {
+                Verdict::Committed => running.commit_ready().await?,
+                Verdict::Undone => {}
+                Verdict::Unknown => {
+                    return Err(Error::new(
+                        ErrorKind::Internal,
+                        "an operation of a group is recovered without the group's decision",
+                    ));
+                }
+            }
+        }
         match running.operation.state {
             OperationState::Planned
             | OperationState::Preparing
             | OperationState::Cutting
+            | OperationState::Ready
             | OperationState::Undoing => {
                 running.undo("it had stopped before its commit point").await?;
                 running.write_manifests().await;
@@ -202,7 +228,13 @@ impl Engine<'_> {
                 running.write_manifests_before_finish().await?;
                 running.finish().await
             }
-            OperationState::Done | OperationState::Undone => Ok(running.run),
+            // One that was ready, and committed now, has nothing left to be done.
+            OperationState::Done => {
+                running.run.happened = true;
+                running.write_manifests().await;
+                Ok(running.run)
+            }
+            OperationState::Undone => Ok(running.run),
         }
     }
 }
@@ -237,7 +269,8 @@ impl Running<'_> {
         let mut at_once = Vec::new();
         if !prepares {
             self.advance(Transition::Cut)?;
-            if !cuts {
+            // In a group, the other domains must be ready before.
+            if !cuts && self.engine.seat.is_none() {
                 at_once = self.commit_changes()?;
             }
         }
@@ -275,9 +308,16 @@ impl Running<'_> {
             && let Err(failure) = self.until_committed().await
         {
             // The commit itself may have happened although it reported a failure: the journal decides.
-            if !self.is_committed() || !self.committed_after_all().await? {
+            let happened = self.is_committed() && self.committed_after_all().await?;
+            if !happened && self.bound {
+                return Err(self.left_to_the_group(failure));
+            }
+            if !happened {
                 return Err(self.give_up(failure).await);
             }
+        }
+        if let Some(seat) = self.engine.seat {
+            seat.committed();
         }
         self.run.happened = true;
         self.report(Event::Committed { operation: self.operation.id });
@@ -293,6 +333,9 @@ impl Running<'_> {
     async fn until_committed(&mut self) -> Result<()> {
         let prepared = self.operation.plan.prepare.len();
         let last = self.operation.plan.before_commit();
+        if last == 0 && self.engine.seat.is_some() {
+            return self.commit(Vec::new()).await;
+        }
         if last == 0 {
             return Err(Error::new(
                 ErrorKind::Internal,
@@ -337,12 +380,8 @@ impl Running<'_> {
                 // 4) Before the commit, because the identity that distinguishes a tag from others of its name
                 //    is recorded with the snapshot.
                 self.identify().await;
-                // 5) The commit point: one transaction has the last steps as done, the plan's edits, and the
-                //    state `finishing`. A crash before it undoes, and a crash after it carries through. There
-                //    is no state between, in which the catalogue knows a snapshot whose layers an undo
-                //    removes.
-                changes.extend(self.commit_changes()?);
-                changes.push(Change::Operation(self.operation.id, self.operation.state, None));
+                // 5) The commit point.
+                return self.commit(changes).await;
             } else if self.operation.state == OperationState::Preparing {
                 self.advance(Transition::Cut)?;
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
@@ -353,6 +392,18 @@ impl Running<'_> {
             self.record(changes).await?;
         }
         Ok(())
+    }
+
+    /// The commit point: one transaction has `changes`, which record the last steps as done, the plan's
+    /// edits, and the state `finishing`. A crash before it undoes, and a crash after it carries through.
+    /// There is no state between, in which the catalogue knows a snapshot whose layers an undo removes.
+    async fn commit(&mut self, changes: Vec<Change>) -> Result<()> {
+        let mut changes = self.agree(changes).await?;
+        changes.extend(self.commit_changes()?);
+        changes.push(Change::Operation(self.operation.id, self.operation.state, None));
+        let first = self.starting(self.operation.plan.before_commit());
+        changes.extend(self.steps(first, StepTransition::Begin)?);
+        self.record(changes).await
     }
 
     /// The steps that are begun together with the one at `index`. All prepare steps begin together: nothing
@@ -439,6 +490,7 @@ impl Running<'_> {
             OperationState::Planned
             | OperationState::Preparing
             | OperationState::Cutting
+            | OperationState::Ready
             | OperationState::Undoing
             | OperationState::Undone => false,
         }
@@ -496,6 +548,7 @@ impl Running<'_> {
                 | Change::RemoveDomain
                 | Change::Begin(_)
                 | Change::Operation(..)
+                | Change::Ready(..)
                 | Change::Step(..) => None,
             })
             .collect();

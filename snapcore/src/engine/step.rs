@@ -22,8 +22,8 @@ use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::hypervisor::{
-    DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, OpenChain, PowerAfter, StartFromMemory,
-    StepOutcome,
+    DiskInstant, DomainContext, DomainStep, Inside, LiveDomain, OpenChain, PowerAfter, Rendezvous,
+    StartFromMemory, StepOutcome,
 };
 use crate::name::Target;
 use crate::operation::{OperationId, StepState};
@@ -159,6 +159,7 @@ impl Running<'_> {
                 return Ok(StepOutcome { notes, ..StepOutcome::default() });
             }
             DomainStep::Register { domains, snapshots } => return self.register(domains, snapshots).await,
+            DomainStep::CommitOthers { members } => return self.commit_others(members).await,
             _ => {}
         }
         let Some(live) = self.engine.live else { return self.apply_at_rest(step).await };
@@ -193,7 +194,12 @@ impl Running<'_> {
             Group::Finish => &never_cancelled,
             Group::Prepare | Group::Cut => self.cancel,
         };
-        let context = DomainContext { domain, chains: &chains, inside, progress: &progress, cancel };
+        let together: &dyn Rendezvous = match &self.engine.seat {
+            Some(seat) if group != Group::Finish || self.is_revert() => seat,
+            Some(_) | None => &(),
+        };
+        let context =
+            DomainContext { domain, chains: &chains, inside, progress: &progress, cancel, together };
         guarded(live.apply(step, context)).await
     }
 
@@ -212,8 +218,16 @@ impl Running<'_> {
             inside: &(),
             progress: &progress,
             cancel: &cancel,
+            together: &(),
         };
         guarded(live.apply(step, context)).await.map(drop)
+    }
+
+    /// Returns true if the cut detaches the disks: the finish steps then resume the guest, for which those of
+    /// a group wait for each other. A detached section in the finish steps of a delete is a domain's own.
+    fn is_revert(&self) -> bool {
+        let mut cut = self.operation.of_group(Group::Cut);
+        cut.any(|index| matches!(self.domain_step(index), Some(DomainStep::Detach { .. })))
     }
 
     /// Returns true if the guest that a recovery was to resume runs already: it was started again meanwhile.
@@ -245,7 +259,8 @@ impl Running<'_> {
             | DomainStep::CheckMemory { .. }
             | DomainStep::RemoveMemory { .. }
             | DomainStep::CloneMemory { .. }
-            | DomainStep::Register { .. } => Err(Error::new(
+            | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. } => Err(Error::new(
                 ErrorKind::Internal,
                 "a step was planned for a running domain, and nothing is connected to it",
             )),
@@ -333,6 +348,7 @@ impl Running<'_> {
                     inside: &inside,
                     progress: &progress,
                     cancel: &never_cancelled,
+                    together: &(),
                 };
                 guarded(live.undo(step, context)).await?;
                 // The partial memory image goes, where the step that makes an image of it never began.
@@ -551,7 +567,7 @@ async fn guarded<T>(mut step: Pin<Box<dyn Future<Output = Result<T>> + Send + '_
 }
 
 /// Waits for all of these at once; returns their results in their order.
-async fn side_by_side<T>(works: Vec<impl Future<Output = T> + Send>) -> Vec<T> {
+pub(crate) async fn side_by_side<T>(works: Vec<impl Future<Output = T> + Send>) -> Vec<T> {
     let mut works: Vec<_> = works.into_iter().map(|work| (Box::pin(work), None)).collect();
     std::future::poll_fn(|context| {
         for (work, done) in works.iter_mut().filter(|(_, done)| done.is_none()) {

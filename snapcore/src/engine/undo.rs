@@ -26,6 +26,9 @@ impl Running<'_> {
     /// Undoes after a failure before the commit point, and returns the error that reports it.
     pub(super) async fn give_up(&mut self, failure: Error) -> Error {
         let reason = failure.to_string();
+        if let Some(seat) = self.engine.seat {
+            seat.fail();
+        }
         match self.undo(&reason).await {
             Ok(()) => {
                 self.write_manifests().await;

@@ -109,6 +109,44 @@ impl Inside for () {
     }
 }
 
+/// A point at which the domains of a group wait for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Meeting {
+    /// The guest can be paused: all that could be prepared is prepared.
+    Ready,
+    /// The guest is paused. A guest that does not run meets here too.
+    Paused,
+    /// Disks and memory are of the instant, configured paths are moved, and the guest could go on.
+    Cut,
+    /// The guest could go on after a revert: its disks and its memory are those of the snapshot.
+    Loaded,
+}
+
+/// The other domains of a group, whose instants are to be one with this domain's.
+///
+/// A hypervisor that can take part in a group ([`super::HypervisorProfile::groups`]) calls it in
+/// [`LiveDomain::apply`]: in [`DomainStep::Instant`] at [`Meeting::Ready`], [`Meeting::Paused`] and
+/// [`Meeting::Cut`], in [`DomainStep::Detach`] at the first two, and in [`DomainStep::Continue`] at
+/// [`Meeting::Loaded`].
+#[async_trait]
+pub trait Rendezvous: Send + Sync {
+    /// Waits until all domains of the group have come this far. It may be repeated.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Cancelled`] if another domain failed before its commit point. The step then undoes
+    /// what it has done, and fails.
+    async fn meet(&self, meeting: Meeting) -> Result<()>;
+}
+
+/// No other domain.
+#[async_trait]
+impl Rendezvous for () {
+    async fn meet(&self, _: Meeting) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Context of a domain step.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
@@ -127,6 +165,8 @@ pub struct DomainContext<'a> {
     /// If it is cancelled, a step before the commit point soon fails with
     /// [`crate::ErrorKind::Cancelled`].
     pub cancel: &'a CancellationToken,
+    /// The other domains of a group; `()` where there is no group.
+    pub together: &'a dyn Rendezvous,
 }
 
 impl<'a> DomainContext<'a> {
@@ -137,12 +177,13 @@ impl<'a> DomainContext<'a> {
         progress: &'a dyn Progress,
         cancel: &'a CancellationToken,
     ) -> Self {
-        Self { domain, chains, progress, cancel, inside: &() }
+        Self { domain, chains, progress, cancel, inside: &(), together: &() }
     }
 }
 
 setters!(<'a> DomainContext<'a> {
     inside: &'a dyn Inside,
+    together: &'a dyn Rendezvous,
 });
 
 /// A merge of layers of an open chain into one.

@@ -12,7 +12,9 @@ mod saver;
 mod step;
 
 pub use clone::{CloneMachines, CloneNetwork, ClonedMachines, MachinePlace, StartClone};
-pub use live::{AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, OpenChain, OpenLayer};
+pub use live::{
+    AttachedDisk, AttachedMerge, DomainContext, Inside, LiveDomain, Meeting, OpenChain, OpenLayer, Rendezvous,
+};
 pub use memory::{MemoryDirectory, MemoryStore};
 pub use saver::{
     Control, DomainInfo, FIRMWARE_VARIABLES, HypervisorProfile, Obstacle, SeenDisk, StartFromMemory,

@@ -291,6 +291,8 @@ pub struct HypervisorProfile {
     pub saves_while_running: bool,
     /// True if a revert of a running domain ends it and creates it again; otherwise it is reverted in place.
     pub recreates: bool,
+    /// True if its domains can take part in a group: several running domains, at one instant.
+    pub groups: bool,
 }
 
 impl HypervisorProfile {
@@ -308,6 +310,7 @@ impl HypervisorProfile {
             config: false,
             saves_while_running: false,
             recreates: false,
+            groups: false,
         }
     }
 
@@ -358,6 +361,13 @@ impl HypervisorProfile {
     #[must_use]
     pub fn recreates(mut self) -> Self {
         self.recreates = true;
+        self
+    }
+
+    /// Its domains can take part in a group ([`super::Rendezvous`]).
+    #[must_use]
+    pub fn groups(mut self) -> Self {
+        self.groups = true;
         self
     }
 

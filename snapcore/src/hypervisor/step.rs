@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::DiskAddress;
 use crate::domain::Domain;
+use crate::group::GroupMember;
 use crate::name::Target;
 use crate::snapshot::{Consistency, Snapshot};
 
@@ -229,6 +230,13 @@ pub enum DomainStep {
         /// they have none.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         snapshots: Vec<Snapshot>,
+    },
+    /// Waits until the operations of the other domains of a group have committed, and commits those that a
+    /// crash left ready. It is a step of the operation that decides about the group, which therefore does not
+    /// end before. The engine does it: no hypervisor gets this step.
+    CommitOthers {
+        /// The operations of the other domains.
+        members: Vec<GroupMember>,
     },
     /// Gives clones the memory of a snapshot, in the directories in which they are made. The engine asks the
     /// hypervisor for it without a connection to the domain. Undo removes it.

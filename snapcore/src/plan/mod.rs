@@ -18,6 +18,7 @@ use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{DiskRecord, Domain};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
+use crate::group::SnapshotGroup;
 use crate::hypervisor::{Obstacle, PowerAfter, SeenDisk, VmStateSaver};
 use crate::name::{SnapshotName, Target};
 use crate::policy;
@@ -212,6 +213,7 @@ impl Planner<'_> {
         let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
         snapshot.skipped = skipped;
         snapshot.expires = request.expires;
+        snapshot.group = request.group.clone();
         if let Some(id) = request.policy {
             merged.notes.extend(self.date_after_last(&mut snapshot, id));
         }
@@ -616,11 +618,27 @@ impl Planner<'_> {
             snapshot.refuse_held(self.domain.name.as_str(), "delete", now)?;
         }
         let mut plan = self.drop_snapshots("delete", &doomed, request.force).await?;
+        if !request.group {
+            plan.notes.extend(self.broken_groups(&doomed));
+        }
         for snapshot in deferred {
             plan.notes.push(held_note(&snapshot, now));
             plan.commit.push(Edit::Amend { snapshot: Box::new(snapshot) });
         }
         Ok(plan)
+    }
+
+    /// Notes on the groups that lose a snapshot which is deleted in this domain alone.
+    fn broken_groups(&self, doomed: &BTreeSet<SnapshotId>) -> Vec<String> {
+        let gone = self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id));
+        let of_group = gone.filter_map(|snapshot| Some((&snapshot.name, snapshot.group.as_ref()?)));
+        let note = |(name, group): (&SnapshotName, &SnapshotGroup)| {
+            format!(
+                "snapshot {name} was taken at one instant with those of {}: without it that group is not whole any more",
+                group.others(&self.domain.name)
+            )
+        };
+        of_group.map(note).collect()
     }
 
     async fn drop_snapshots(

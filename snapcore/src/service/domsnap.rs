@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use super::rooms::{Rooms, to_the_end};
 use super::{
     Belonging, ComparedDisk, Details, DiffReport, DiffRequest, DiskReport, DomainRef, DomainSpec,
-    DomainSummary, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation, PolicyChange,
-    RecoveryReport, Removal, Scanned, images, importer,
+    DomainSummary, GroupOutcome, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation,
+    PolicyChange, RecoveryReport, Removal, Scanned, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;
@@ -225,6 +225,91 @@ impl Domsnap {
         cancel: CancellationToken,
     ) -> Result<Outcome> {
         self.change(domain, Request::Create(request), cancel).await
+    }
+
+    /// Takes a snapshot of several domains at one instant: of all of them, or of none. Those that run are
+    /// paused together, and none goes on before the disks and the memory of all are of the instant. Of those
+    /// that are off, the disks take part as they are.
+    ///
+    /// ```no_run
+    /// # use snapcore::service::{CreateRequest, DomainRef, Domsnap};
+    /// # use snapcore::SnapshotName;
+    /// # use tokio_util::sync::CancellationToken;
+    /// # async fn shop(domsnap: &Domsnap) -> snapcore::Result<()> {
+    /// let shop = [DomainRef::parse("web")?, DomainRef::parse("db")?];
+    /// let request = CreateRequest::new(SnapshotName::new("before-update")?);
+    /// let taken = domsnap.create_group(&shop, request, CancellationToken::new()).await?;
+    /// for outcome in taken.outcomes {
+    ///     println!("{} was paused for {:?} us", outcome.domain, outcome.downtime_us);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Any kind, with everything undone in all domains; but [`ErrorKind::NeedsRecovery`] says what is left.
+    /// [`ErrorKind::Unsupported`] for a running domain whose hypervisor takes no part in groups.
+    pub async fn create_group(
+        &self,
+        domains: &[DomainRef],
+        request: CreateRequest,
+        cancel: CancellationToken,
+    ) -> Result<GroupOutcome> {
+        self.change_group(domains, Request::Create(request), cancel).await
+    }
+
+    /// Returns several domains to a snapshot that was taken of them at one instant: all of them, or none.
+    ///
+    /// # Errors
+    /// The errors of [`Domsnap::create_group`]; [`ErrorKind::NotFound`] where a domain has no snapshot of the
+    /// name, and [`ErrorKind::Refused`] where the snapshots are not of one group.
+    pub async fn revert_group(
+        &self,
+        domains: &[DomainRef],
+        request: RevertRequest,
+        cancel: CancellationToken,
+    ) -> Result<GroupOutcome> {
+        self.change_group(domains, Request::Revert(request), cancel).await
+    }
+
+    /// Deletes the snapshots of a group in all of these domains, or in none.
+    ///
+    /// # Errors
+    /// The errors of [`Domsnap::revert_group`].
+    pub async fn delete_group(
+        &self,
+        domains: &[DomainRef],
+        request: DeleteRequest,
+        cancel: CancellationToken,
+    ) -> Result<GroupOutcome> {
+        self.change_group(domains, Request::Delete(request), cancel).await
+    }
+
+    /// Plans a request on several domains like [`Domsnap::plan`]. Returns the plan of each, in the order of
+    /// their names.
+    ///
+    /// # Errors
+    /// The refusal that the request itself would get.
+    pub async fn plan_group(
+        &self,
+        domains: &[DomainRef],
+        request: &Request,
+    ) -> Result<Vec<(DomainName, Plan)>> {
+        for domain in domains {
+            let located = self.rooms.locator.locate(domain).await?;
+            self.refuse_interrupted(&located.entry.domain.name).await?;
+        }
+        self.rooms.operator.plan_group(domains.to_vec(), request.clone()).await
+    }
+
+    async fn change_group(
+        &self,
+        domains: &[DomainRef],
+        request: Request,
+        cancel: CancellationToken,
+    ) -> Result<GroupOutcome> {
+        let (room, domains) = (self.rooms.operator.clone(), domains.to_vec());
+        to_the_end(&cancel, |cancel| async move { room.change_group(domains, request, cancel).await }).await
     }
 
     /// Returns to a snapshot. The current state is dropped, unless the request saves it.

@@ -49,7 +49,7 @@ impl Ledger {
     }
 
     /// Locks a domain for one transaction.
-    async fn lease_for_a_moment(&self, name: &DomainName) -> Result<Lease> {
+    pub(super) async fn lease_for_a_moment(&self, name: &DomainName) -> Result<Lease> {
         let holder = format!("domsnap, process {}", std::process::id());
         self.catalogue.lease(name.as_str(), &holder, LEASE_TIME).await
     }

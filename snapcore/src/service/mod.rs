@@ -45,8 +45,9 @@ pub(crate) use images::file_id;
 pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
-    Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, PastOperation,
-    PolicyChange, Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal, StartedClone, Unfinished,
+    Details, DiskReport, DomainSummary, GroupOutcome, ImportOptions, ImportReport, Listing, Member, Outcome,
+    PastOperation, PolicyChange, Postponed, PreviousState, RecoveryEnd, RecoveryReport, Removal,
+    StartedClone, Unfinished,
 };
 pub use viewer::{
     Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot,

@@ -86,6 +86,42 @@ impl DomainRef {
         Self::at_rest(text)
     }
 
+    /// Reads the domains of a group, joined by commas: each as [`DomainRef::parse`] reads it, an image with
+    /// `,format=FORMAT` after it. A comma of a path is written twice. A domain of several images has to be
+    /// registered first.
+    ///
+    /// ```
+    /// use snapcore::service::DomainRef;
+    ///
+    /// let group = DomainRef::parse_group("web,qemu:/run/db.qmp,/vm/logs.qcow2")?;
+    /// assert_eq!(group.len(), 3);
+    /// # Ok::<(), snapcore::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] where one of them is empty or cannot be read.
+    pub fn parse_group(text: &str) -> Result<Vec<Self>> {
+        let mut group: Vec<Self> = Vec::new();
+        for part in split_commas(text) {
+            match (part.strip_prefix(FORMAT), group.last_mut()) {
+                (Some(format), Some(Self::Images(images))) if !format.is_empty() => {
+                    images.iter_mut().for_each(|image| image.format = Some(format.to_owned()));
+                }
+                _ if part.is_empty() => {
+                    return Err(Error::new(
+                        ErrorKind::Usage,
+                        format!("a domain of the group {text:?} has no name"),
+                    )
+                    .advise("join the domains by single commas"));
+                }
+                // The commas that are left are the path's own.
+                _ if part.contains('/') && !part.contains(':') => group.push(Self::images([part])?),
+                _ => group.push(Self::parse(&part)?),
+            }
+        }
+        Ok(group)
+    }
+
     /// Reads a name, or a list of images.
     pub(super) fn at_rest(text: &str) -> Result<Self> {
         if Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir()) {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::DiskAddress;
 use crate::backend::DeleteCost;
 use crate::domain::{DiskRecord, Domain};
+use crate::group::GroupId;
 use crate::hypervisor::{GuestChange, StartedDomain};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::operation::{OperationId, OperationState};
@@ -57,6 +58,16 @@ pub struct Outcome {
     /// The clones that were started, in the order of their names in the request.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub clones: Vec<StartedClone>,
+}
+
+/// The outcome of a request that changes several domains as one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct GroupOutcome {
+    /// The group of the snapshots.
+    pub group: GroupId,
+    /// The outcome in each domain, in the order of their names.
+    pub outcomes: Vec<Outcome>,
 }
 
 /// A clone that was started.
@@ -159,6 +170,9 @@ pub struct PastOperation {
     pub started: Timestamp,
     /// The errors in its course.
     pub errors: Vec<String>,
+    /// The group of operations of other domains that it was one with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupId>,
 }
 
 /// The state that the last revert replaced.

@@ -9,7 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_core::Stream;
 use snapcore::catalogue::{
-    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Operation, OperationId, Revision, Revisions,
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Operation, OperationId, OperationState,
+    Revision, Revisions,
 };
 use snapcore::{DiskAddress, DomainName, Error, ErrorKind, Result, SnapshotTree};
 use tokio::sync::watch;
@@ -123,6 +124,11 @@ fn apply(name: &DomainName, records: &mut Option<Records>, change: Change) -> Re
             if let Some(operation) = find(operations, id) {
                 operation.state = state;
                 operation.errors.extend(error);
+            }
+        }
+        Change::Ready(id, edits) => {
+            if let Some(operation) = find(operations, id) {
+                (operation.state, operation.plan.commit) = (OperationState::Ready, edits);
             }
         }
         Change::Step(id, index, state) => {

@@ -330,6 +330,7 @@ impl RowLive {
             DomainStep::ReopenByName { .. }
             | DomainStep::Media { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => {}
             DomainStep::CheckMemory { .. } | DomainStep::RemoveMemory { .. } => return no(),
         }

@@ -350,7 +350,10 @@ impl LiveDomain for Live {
                 })?;
             }
             DomainStep::RemoveMemory { image } => remove_memory(image)?,
-            DomainStep::Media { .. } | DomainStep::Register { .. } | DomainStep::CloneMemory { .. } => {}
+            DomainStep::Media { .. }
+            | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
+            | DomainStep::CloneMemory { .. } => {}
         }
         Ok(facts)
     }
@@ -380,6 +383,7 @@ impl LiveDomain for Live {
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. }
             | DomainStep::Register { .. }
+            | DomainStep::CommitOthers { .. }
             | DomainStep::CloneMemory { .. } => Ok(()),
         }
     }

@@ -99,8 +99,9 @@ fn create(session: &Session, args: XlCreate, dry_run: bool) -> Result<Answer, Fa
         return Ok(Answer::text(pretty(&wanted.document(&domain, paused))));
     }
     let create = Create {
-        domain: reference,
+        domain: reference.into(),
         name: Some(wanted.name),
+        group: false,
         kind: Kind { internal: false, external: false },
         disks: wanted.disks,
         description: wanted.description,
@@ -370,8 +371,9 @@ fn revert(session: &Session, args: XlRevert, dry_run: bool) -> Result<Answer, Fa
         return planned(session, &domain, &name, &Request::Revert(RevertRequest::new(name.clone())));
     }
     let revert = Revert {
-        domain,
+        domain: domain.into(),
         name,
+        group: false,
         save_current: None,
         undo: None,
         then: ThenPower { running: false, paused: args.paused, off: false },
@@ -391,8 +393,9 @@ fn delete(session: &Session, args: XlDelete, dry_run: bool) -> Result<Answer, Fa
         return planned(session, &domain, &name, &request);
     }
     let delete = Delete {
-        domain,
+        domain: domain.into(),
         names: vec![name],
+        group: false,
         defer: false,
         expired: false,
         children: false,

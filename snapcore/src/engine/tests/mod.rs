@@ -59,6 +59,7 @@ impl Tools {
             manifests: &self.manifests,
             live: None,
             watched: None,
+            seat: None,
         }
     }
 }
@@ -187,7 +188,12 @@ impl Bench {
         let mut runs = Vec::new();
         for operation in self.catalogue.unfinished(&domain_name()).await.unwrap() {
             let mut entry = self.entry().await;
-            runs.push(engine.resume(&mut entry, operation, &CancellationToken::new()).await.unwrap());
+            runs.push(
+                engine
+                    .resume(&mut entry, operation, Verdict::Unknown, &CancellationToken::new())
+                    .await
+                    .unwrap(),
+            );
         }
         assert_eq!(self.catalogue.unfinished(&domain_name()).await.unwrap(), Vec::new());
         runs

@@ -127,6 +127,7 @@ async fn run_on(backend: &FakeBackend, disks: &[&str]) -> (Result<Run>, Entry) {
         manifests: &manifests,
         live: Some(&live),
         watched: None,
+        seat: None,
     };
     let mut entry = catalogue.load(&domain.name).await.unwrap().unwrap();
     let cancel = CancellationToken::new();

@@ -4,6 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Operator;
 use crate::catalogue::Change;
+use crate::engine::{Verdict, commit_others};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::DomainStep;
 use crate::operation::{Operation, OperationState, StepState};
@@ -40,10 +41,24 @@ impl Operator {
                 .state("nothing was changed")
                 .advise("end its process first: the disks are whole; then abandon the operation"));
             }
-            let happened = operation.state == OperationState::Finishing;
+            // Records alone change, also where the decision of a group is carried out: what this operation
+            // decided is known to the other domains before it is closed.
+            let verdict = self.verdict(&name, &operation).await?;
+            let happened = operation.state == OperationState::Finishing || verdict == Verdict::Committed;
             let end = if happened { OperationState::Done } else { OperationState::Undone };
             let reason = "abandoned by the user".to_owned();
-            let changes = vec![Change::Operation(operation.id, end, Some(reason))];
+            let mut changes = Vec::new();
+            if operation.state == OperationState::Ready && happened {
+                changes.extend(operation.plan.commit.iter().cloned().map(Change::Edit));
+            }
+            if happened {
+                for step in operation.plan.domain_steps() {
+                    if let DomainStep::CommitOthers { members } = step {
+                        commit_others(self.ledger.catalogue(), members).await?;
+                    }
+                }
+            }
+            changes.push(Change::Operation(operation.id, end, Some(reason)));
             entry.revision = self.ledger.commit(&name, entry.revision, changes).await?;
             let notes = left_of(&operation, happened);
             reports.push(RecoveryReport {

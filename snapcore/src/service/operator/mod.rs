@@ -3,6 +3,7 @@
 
 mod abandon;
 mod clone;
+mod group;
 mod lock;
 mod records;
 mod recover;

@@ -80,9 +80,11 @@ impl Operator {
             manifests,
             live: live.map(|live| &**live),
             watched: None,
+            seat: None,
         };
         let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
-        let run = engine.resume(entry, operation, cancel).await.map_err(|error| {
+        let verdict = self.verdict(&entry.domain.name, &operation).await?;
+        let run = engine.resume(entry, operation, verdict, cancel).await.map_err(|error| {
             error.context(format!(
                 "recovering the unfinished {} of domain {}",
                 plan.operation, entry.domain.name

@@ -6,7 +6,7 @@ use super::{Locked, Operator};
 use crate::backend::Guard;
 use crate::catalogue::Change;
 use crate::domain::{ActivePath, Domain};
-use crate::engine::{Engine, Run};
+use crate::engine::{Engine, Run, Seat};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::request::Request;
@@ -52,6 +52,21 @@ impl Operator {
         prologue: Vec<Change>,
         cancel: &CancellationToken,
     ) -> Result<Run> {
+        self.run_seated(locked, live, watched, plan, prologue, None, cancel).await
+    }
+
+    /// Carries a plan out like [`Operator::run_plan`]: with a seat, together with those of other domains.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) async fn run_seated(
+        &self,
+        locked: &mut Locked,
+        live: Option<&Live>,
+        watched: Option<&Watched>,
+        plan: &Plan,
+        prologue: Vec<Change>,
+        seat: Option<Seat<'_>>,
+        cancel: &CancellationToken,
+    ) -> Result<Run> {
         let engine = Engine {
             catalogue: self.ledger.catalogue(),
             registry: &self.registry,
@@ -59,6 +74,7 @@ impl Operator {
             manifests: &locked.manifests,
             live: live.map(|live| &**live),
             watched: watched.map(|watched| watched as _),
+            seat,
         };
         let entry = &mut locked.located.entry;
         engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
@@ -101,7 +117,7 @@ impl Operator {
     }
 
     /// Makes the plan, and tests its requirements before it begins.
-    async fn prepare(
+    pub(super) async fn prepare(
         &self,
         locked: &Locked,
         live: Option<&Live>,
@@ -161,7 +177,7 @@ impl Operator {
 
     /// Writes manifests beside a disk that has another path now, such as a raw disk that got an overlay.
     /// Those beside the base stay, and name its domain to a user who finds it.
-    async fn follow_moved_disk(&self, locked: &mut Locked, warnings: &mut Vec<String>) {
+    pub(super) async fn follow_moved_disk(&self, locked: &mut Locked, warnings: &mut Vec<String>) {
         let entry = &locked.located.entry;
         let Ok(now) = self.authority.manifests(&entry.domain) else { return };
         if now.place() == locked.manifests.place() {

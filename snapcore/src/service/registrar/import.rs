@@ -3,8 +3,10 @@
 use tokio_util::sync::CancellationToken;
 
 use super::Registrar;
-use crate::catalogue::{Change, Entry, Lease, Revision};
+use crate::catalogue::{Change, Entry, Lease, OperationState, Revision};
+use crate::engine::commit_others;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::DomainStep;
 use crate::name::DomainName;
 use crate::service::images::real_images;
 use crate::service::importer::{ImportSource, Imported};
@@ -68,6 +70,16 @@ impl Registrar {
         let outdated = self.authority.contradiction(&manifests, &entry).await?.is_some();
         if !outdated {
             self.records.refuse_unfinished(&entry).await?;
+        }
+        // The journal is dropped, and with it a decision about other domains: they learn it before.
+        for operation in self.records.unfinished(owner).await? {
+            for step in operation.plan.domain_steps() {
+                if let (OperationState::Finishing, DomainStep::CommitOthers { members }) =
+                    (operation.state, step)
+                {
+                    commit_others(self.ledger.catalogue(), members).await?;
+                }
+            }
         }
         if !entry.tree.is_empty() && !options.replace {
             return Err(Error::new(

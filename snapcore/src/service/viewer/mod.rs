@@ -82,6 +82,7 @@ impl Viewer {
             state: operation.state,
             started: operation.started,
             errors: operation.errors,
+            group: operation.group.map(|group| group.id),
         };
         Ok(operations.into_iter().map(past).collect())
     }
