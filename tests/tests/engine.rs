@@ -219,8 +219,8 @@ fn delete_frees_what_show_says() -> Result<()> {
             place.done(&format!("delete @ {name}"), &image)?;
             let freed = before - taken(&image)?;
             // A file in many pieces has a block of ext4's own among those that are counted as its room. The
-            // holes of a delete may be what makes it necessary.
-            let is_exact = said == freed || said.abs_diff(freed) == EXTENT_BLOCK;
+            // holes of a delete may be what makes it necessary. A file in memory takes whole pages.
+            let is_exact = said.abs_diff(freed) <= EXTENT_BLOCK;
             ensure!(is_exact && freed > 512 << 10, "{options}: {name}: said {said}, freed {freed}");
         }
         qemu::img(&["check".as_ref(), "-q".as_ref(), image.as_os_str()])?;
