@@ -31,10 +31,11 @@ fn put64(bytes: &mut [u8], at: usize, value: u64) {
 /// Everything that the engine does, on one image after the other; what it says.
 fn everything(path: &Path, bytes: &[u8]) -> Vec<Result<(), backend_qcow2::image::Error>> {
     type Step = fn(&mut Image) -> Result<(), backend_qcow2::image::Error>;
-    let steps: [Step; 10] = [
+    let steps: [Step; 11] = [
         |i| i.snapshots().map(|_| ()),
         |i| i.check().map(|_| ()),
-        |i| i.freed_by_deleting(&["one", "two"]).map(|_| ()),
+        |i| i.sizes()?.freed_by_deleting(&["one", "two"], false).map(|_| ()),
+        |i| i.sizes()?.referenced("one").map(|_| ()),
         |i| i.snapshot_matches_active("one").map(|_| ()),
         |i| i.create_snapshot(&NewSnapshot::new("three", 1, 0)),
         |i| i.apply_snapshot("one"),

@@ -17,7 +17,8 @@ use super::neighbours::Neighbours;
 use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Target;
 use crate::plan::DiskInput;
 use crate::policy::PolicyReview;
 use crate::registry::Registry;
@@ -120,28 +121,69 @@ impl Planning {
                     continue;
                 }
             };
-            let backend = self.registry.serving(&record.disk)?;
-            let mut state = backend
-                .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
-                .await
-                .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
-            if let Some(live) = live {
-                state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
-                let attached = live.disk(&record.disk.target);
-                state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
-                if state.attached && !state.served && !matches!(request, Request::Tidy) {
-                    let mut seen = live.seen().disks.iter();
-                    if let Some(seen) = seen.find(|disk| disk.member.as_ref() == Some(&record.disk.target)) {
-                        backend.require_shown(&record.disk.address, seen).await?;
-                    }
-                }
-            }
-            disks.push(DiskInput { record: record.clone(), state, backend });
+            let check = !matches!(request, Request::Tidy);
+            disks.push(self.read_disk(record, live, depth, at_rest, check).await?);
         }
         if depth == InspectDepth::Dependents {
             self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
         Ok((disks, without))
+    }
+
+    /// Reads a disk as it is on the machine. With `check`, it must be open there as its backend reads it.
+    async fn read_disk(
+        &self,
+        record: &DiskRecord,
+        live: Option<&Live>,
+        depth: InspectDepth,
+        at_rest: bool,
+        check: bool,
+    ) -> Result<DiskInput> {
+        let backend = self.registry.serving(&record.disk)?;
+        let mut state = backend
+            .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
+            .await
+            .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
+        if let Some(live) = live {
+            state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
+            let attached = live.disk(&record.disk.target);
+            state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
+            if state.attached && !state.served && check {
+                let mut seen = live.seen().disks.iter();
+                if let Some(seen) = seen.find(|disk| disk.member.as_ref() == Some(&record.disk.target)) {
+                    backend.require_shown(&record.disk.address, seen).await?;
+                }
+            }
+        }
+        Ok(DiskInput { record: record.clone(), state, backend })
+    }
+
+    /// Reads every disk as a delete would find it, each by itself: one that cannot be read keeps no other from
+    /// being looked at.
+    pub(super) async fn read_each(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+    ) -> Vec<(Target, Result<DiskInput>)> {
+        let mut all = Vec::new();
+        for record in &entry.domain.disks {
+            let at_rest = live.is_some_and(|live| live.disk(&record.disk.target).is_none());
+            let read = self.read_disk(record, live, InspectDepth::Dependents, at_rest, false).await;
+            let read = match read {
+                Ok(disk) => {
+                    let mut disks = vec![disk];
+                    let added = self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await;
+                    added.and_then(|()| {
+                        disks
+                            .pop()
+                            .ok_or_else(|| Error::new(ErrorKind::Internal, "a disk that was read is gone"))
+                    })
+                }
+                Err(error) => Err(error),
+            };
+            all.push((record.disk.target.clone(), read));
+        }
+        all
     }
 
     /// Returns the part of a disk in what `request` does.

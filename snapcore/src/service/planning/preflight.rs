@@ -77,7 +77,12 @@ impl Planning {
             let backend = self.registry.serving(&record.disk)?;
             let mut uses = FileUses::default();
             for step in plan.steps_of(&record.disk.target) {
-                uses.extend(backend.uses(record, step));
+                let of_step = backend.uses(record, step);
+                // The copies of all disks of all clones together.
+                if plan.operation == "clone" {
+                    works.add_copy(&of_step, step.bytes);
+                }
+                uses.extend(of_step);
             }
             let without_files = || backend.advice(record, AdviceOn::NewFiles);
             names_fit(record, &uses, &without_files)?;
@@ -176,6 +181,14 @@ impl Works {
         }
     }
 
+    /// Adds the room of a file that a step makes in a directory of its own, which does not exist yet.
+    fn add_copy(&mut self, uses: &FileUses, bytes: u64) {
+        if let Some(above) = uses.makes.first().and_then(|made| made.parent()).filter(|_| bytes > 0) {
+            let (_, all, _) = self.images.entry(above.to_owned()).or_default();
+            *all = all.saturating_add(bytes);
+        }
+    }
+
     /// Tests the directories, and checks their free space.
     fn check(self, plan: &Plan, records: &[DiskRecord], manifests_room: u64, dry: bool) -> Result<()> {
         // Remains of a crash are removed, also where nothing is to be done.
@@ -269,9 +282,10 @@ fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
             format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
         return Err(Error::new(ErrorKind::NoSpace, message).state("no changes made").advise(MAKE_ROOM));
     }
-    match about.f_blocks == 0 || blocks.saturating_mul(about.f_frsize) >= bytes {
+    let free = blocks.saturating_mul(about.f_frsize);
+    match about.f_blocks == 0 || free >= bytes {
         true => Ok(()),
-        false => Err(no_room(directory, bytes)),
+        false => Err(no_room(directory, bytes, Some(free))),
     }
 }
 
