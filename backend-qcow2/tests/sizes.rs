@@ -1,6 +1,6 @@
 //! What the engine says that a delete frees, beside what `qemu-img snapshot -d` frees, and the engine itself:
-//! random images of small and large clusters, with compressed clusters, zeros, discards, subclusters, resizes,
-//! and snapshots that are applied. And what it says that a merge adds, beside the merge.
+//! random images of small and large clusters, with compressed clusters, zeros, discards, subclusters,
+//! resizes, and snapshots that are applied. And what it says that a merge adds, beside the merge.
 
 mod judge;
 
@@ -131,8 +131,8 @@ fn sizes_are_what_deletes_free() {
     }
 }
 
-/// A snapshot that equals the current state costs its own tables, and no L2 table is read for that: here all of
-/// them are broken.
+/// A snapshot that equals the current state costs its own tables, and no L2 table is read for that: here all
+/// of them are broken.
 #[test]
 fn shared_tables_are_not_read() {
     let bench = Bench::new();

@@ -47,8 +47,8 @@ impl Extents {
     }
 }
 
-/// Returns the shared extents of a file, the places of at most `limit` of them; `None` if the file system does
-/// not report extents.
+/// Returns the shared extents of a file, the places of at most `limit` of them; `None` if the file system
+/// does not report extents.
 ///
 /// # Errors
 /// The system's.

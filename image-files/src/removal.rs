@@ -21,8 +21,8 @@ const MAX_EXTENTS: usize = 1 << 20;
 /// `BTRFS_SUPER_MAGIC`.
 const BTRFS: i64 = 0x9123_683e;
 
-/// Returns the bytes that the removal of the files `gone` frees, all of them at once. `kept` are files that may
-/// share blocks with them. A file that cannot be looked at counts for nothing, and is reported.
+/// Returns the bytes that the removal of the files `gone` frees, all of them at once. `kept` are files that
+/// may share blocks with them. A file that cannot be looked at counts for nothing, and is reported.
 pub fn freed_by_removing<'a>(
     gone: impl IntoIterator<Item = &'a Path>,
     kept: impl IntoIterator<Item = &'a Path>,

@@ -610,8 +610,8 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Looks for damage in the disk's images. Changes nothing.
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>>;
 
-    /// Returns the bytes that deleting exactly `drop` would free, all at once, and the bytes that would have to
-    /// be moved. It says how certain that is ([`Certainty`]). Changes nothing, and needs no lock.
+    /// Returns the bytes that deleting exactly `drop` would free, all at once, and the bytes that would have
+    /// to be moved. It says how certain that is ([`Certainty`]). Changes nothing, and needs no lock.
     async fn cost_of_delete(
         &self,
         disk: &DiskRecord,
@@ -620,8 +620,8 @@ pub trait DiskSnapshotter: Send + Sync {
         keep: &[Point],
     ) -> Result<DeleteCost>;
 
-    /// Returns the bytes that a point refers to: its own, those that it shares with other points, and those of
-    /// the layers below it. `None`: unknown. Changes nothing, and needs no lock.
+    /// Returns the bytes that a point refers to: its own, those that it shares with other points, and those
+    /// of the layers below it. `None`: unknown. Changes nothing, and needs no lock.
     ///
     /// By default, those of its layer, if the point is the layer itself.
     async fn referenced(&self, _disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {

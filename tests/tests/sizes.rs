@@ -1,5 +1,5 @@
-//! Sizes of snapshots: what `du` says that a delete frees is what the file system gets back, and what does not
-//! fit is refused before anything, with the numbers.
+//! Sizes of snapshots: what `du` says that a delete frees is what the file system gets back, and what does
+//! not fit is refused before anything, with the numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -100,7 +100,8 @@ fn deletes_free_what_du_says() -> Result<()> {
     Ok(())
 }
 
-/// Copies are counted by their blocks, and reflinks as far as the file system tells whom they are shared with.
+/// Copies are counted by their blocks, and reflinks as far as the file system tells whom they are shared
+/// with.
 #[test]
 fn raw_points_free_what_du_says() -> Result<()> {
     let mut copies = Domain::new(&Shape::raw(1))?;
@@ -175,13 +176,14 @@ fn public_reports_do_not_happen_here() -> Result<()> {
         }
         let both = frees(&du(&domain.domsnap(), NAME, &["s2", "s3"])?)?;
         ensure!(both.abs_diff(4 * MIB) <= 6 * 65_536, "{kind}: {both}");
-        // A resize changes no size of a snapshot (OpenNebula 6503: the present size of the disk was taken).
+        // A resize changes no size of a snapshot (OpenNebula 6503: the current size of the disk was taken).
         let before = one(&domain, "s1")?;
         qemu::img(&["resize".as_ref(), "-q".as_ref(), domain.path("vda").as_os_str(), "4G".as_ref()])?;
         let after = one(&domain, "s1")?;
         ensure!(exclusive(&before).abs_diff(exclusive(&after)) <= 65_536, "{kind}: {before}, {after}");
     }
-    // The file of an image does not become smaller by itself (virtual-dsm 807): it is said what is free inside.
+    // The file of an image does not become smaller by itself (virtual-dsm 807): it is said what is free
+    // inside.
     let mut domain = Domain::new(&Shape { size: 32 * MIB, ..Shape::disks(1) }.options("cluster_size=64k"))?;
     domain.fill(4 * MIB)?;
     domain.create("s1", "internal")?;
@@ -294,14 +296,14 @@ fn every_command_of_the_page_runs() -> Result<()> {
     }
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/sizes.md");
     let page = std::fs::read_to_string(page)?;
-    let (mut is_code, mut run, mut words) = (false, 0, BTreeSet::new());
+    let (mut is_code, mut run, mut columns) = (false, 0, BTreeSet::new());
     for line in page.lines() {
         if line.starts_with("```") {
             is_code = !is_code;
             continue;
         }
         if is_code && line.starts_with("SNAPSHOT ") {
-            words.extend(line.split_whitespace().map(str::to_owned));
+            columns.extend(line.split_whitespace().map(str::to_owned));
         }
         let Some(command) = line.split(" #").next().filter(|_| is_code).map(str::trim) else { continue };
         let Some(args) = command.strip_prefix("domsnap ") else { continue };
@@ -312,6 +314,6 @@ fn every_command_of_the_page_runs() -> Result<()> {
     let printed = domain.domsnap().done(&["du", "shop"])?.stdout;
     let head: BTreeSet<String> =
         printed.lines().next().unwrap_or_default().split_whitespace().map(str::to_owned).collect();
-    ensure!(head == words, "{printed}");
+    ensure!(head == columns, "{printed}");
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! The change of an image's size on the disk by a merge into it, without doing the merge.
 //!
-//! This follows [`super::merge`] cluster by cluster, with the same decisions: a cluster that the target owns is
-//! overwritten in place, everything else goes to fresh clusters and tables, and what becomes zeros is given
-//! back. Fresh clusters are allocated from a copy of the refcounts in memory, so new refcount blocks are known,
-//! and free clusters that still have room on the file system.
+//! This follows [`super::merge`] cluster by cluster, with the same decisions: a cluster that the target owns
+//! is overwritten in place, everything else goes to fresh clusters and tables, and what becomes zeros is
+//! given back. Fresh clusters are allocated from a copy of the refcounts in memory, so new refcount blocks
+//! are known, and free clusters that still have room on the file system.
 
 use std::ops::Range;
 
@@ -35,8 +35,8 @@ pub struct MergeGrowth {
     pub is_exact: bool,
 }
 
-/// Returns how [`super::merge`] of the same run would change the file of `into`. `has_below` is true if the run
-/// has a backing file. Only reads.
+/// Returns how [`super::merge`] of the same run would change the file of `into`. `has_below` is true if the
+/// run has a backing file. Only reads.
 ///
 /// # Errors
 /// As of the merge, as far as it reads.

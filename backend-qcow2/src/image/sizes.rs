@@ -2,8 +2,8 @@
 //!
 //! **A delete of a set** frees a cluster if all references to it come from the set. The refcount of an L2
 //! table counts the L1 tables that refer to it. A table to which others refer too frees nothing below it,
-//! because its references stay. So only the tables are read that the set alone has: for a snapshot that equals
-//! the current state, none. In those, the references to each cluster are counted and compared with its
+//! because its references stay. So only the tables are read that the set alone has: for a snapshot that
+//! equals the current state, none. In those, the references to each cluster are counted and compared with its
 //! refcount. A compressed cluster refers to every host cluster that it touches.
 //!
 //! Counts are exact as far as the image's refcounts are. A cluster with more references than its refcount is
@@ -25,7 +25,7 @@ use super::units::{ClusterIndex, HostOffset};
 
 /// Bytes of a file system block, the least that a write occupies.
 const FILE_BLOCK: u64 = 4096;
-/// Most L2 tables that are told apart: those of 2 PiB in clusters of 64 KiB.
+/// Most L2 tables that are distinguished: those of 2 PiB in clusters of 64 KiB.
 const MAX_TABLES: usize = 4 << 20;
 /// Clusters in one chunk of counters.
 const CHUNK: u64 = 4096;
@@ -92,7 +92,7 @@ impl Sizes<'_> {
     }
 
     /// Returns the bytes that a new snapshot's tables add to the file on its file system: its L1 table, and a
-    /// snapshot table that is not smaller than the present one.
+    /// snapshot table that is not smaller than the current one.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`]; the system's.

@@ -50,9 +50,9 @@ pub fn visible_bytes(run: &mut Chain) -> Result<Vec<u64>> {
 /// Bytes of a file system block.
 const FILE_BLOCK: u64 = 4096;
 
-/// Returns the bytes that a merge of the run into the layer `into` adds to its file on the file system. Sectors
-/// of a stored block are overwritten in place. A new block takes its bitmap, and as many blocks of the file
-/// system as sectors are written. Only reads.
+/// Returns the bytes that a merge of the run into the layer `into` adds to its file on the file system.
+/// Sectors of a stored block are overwritten in place. A new block takes its bitmap, and as many blocks of
+/// the file system as sectors are written. Only reads.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a raw target; [`ErrorKind::Corrupt`]; the system's.

@@ -1,9 +1,9 @@
 //! Room for a memory image, looked at before a create begins.
 //!
-//! A memory image has the pages of the guest that are not zeros. How many these are is found by a sample: pages
-//! at equal distances are read in QEMU's memory, which nothing notices. The least that the image needs is the
-//! number that the sample makes certain, short of a chance of one in a thousand. Where QEMU's memory cannot be
-//! read, nothing is refused.
+//! A memory image has the pages of the guest that are not zeros. How many these are is found by a sample:
+//! pages at equal distances are read in QEMU's memory, which nothing notices. The least that the image needs
+//! is the number that the sample makes certain, short of a chance of one in a thousand. Where QEMU's memory
+//! cannot be read, nothing is refused.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -17,8 +17,8 @@ pub trait Measure {
     /// Those of the image.
     fn dropped(&mut self, layer: &LayerName, tags: &[Tag], leaves: bool) -> Result<DeleteCost>;
 
-    /// Returns by how much a merge of `run` makes the file of `into` larger or smaller. `has_below` is true if
-    /// the run has a backing file. `moved` are the bytes that the plan says are moved.
+    /// Returns by how much a merge of `run` makes the file of `into` larger or smaller. `has_below` is true
+    /// if the run has a backing file. `moved` are the bytes that the plan says are moved.
     ///
     /// # Errors
     /// Those of the images.
@@ -42,8 +42,8 @@ pub struct Growth {
     pub certainty: Certainty,
 }
 
-/// Returns what the steps of a delete free and move, in bytes: the files that it removes, and the tags that it
-/// drops, less what merges add to the files that they write.
+/// Returns what the steps of a delete free and move, in bytes: the files that it removes, and the tags that
+/// it drops, less what merges add to the files that they write.
 ///
 /// # Errors
 /// Those of `measure`.

@@ -104,8 +104,8 @@ impl MemoryDirectory {
         Ok(looked_at(image.require_path()?)?.map(|about| about.len()))
     }
 
-    /// What the removal of an image frees, if it is a file: its room on the file system, unless it has further
-    /// names, as in a clone. `None` if it does not exist.
+    /// What the removal of an image frees, if it is a file: its room on the file system, unless it has
+    /// further names, as in a clone. `None` if it does not exist.
     ///
     /// # Errors
     /// As [`MemoryDirectory::size`].

@@ -454,8 +454,8 @@ impl Domsnap {
         self.rooms.viewer.show(domain, name).await
     }
 
-    /// The space that snapshots take, and what a delete of exactly these frees; of all, if none is named. Reads
-    /// the images.
+    /// The space that snapshots take, and what a delete of exactly these frees; of all, if none is named.
+    /// Reads the images.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is none of a name; the errors of [`Domsnap::resolve`]. A disk that

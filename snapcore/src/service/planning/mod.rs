@@ -158,8 +158,8 @@ impl Planning {
         Ok(DiskInput { record: record.clone(), state, backend })
     }
 
-    /// Reads every disk as a delete would find it, each by itself: one that cannot be read keeps no other from
-    /// being looked at.
+    /// Reads every disk as a delete would find it, each by itself: one that cannot be read keeps no other
+    /// from being looked at.
     pub(super) async fn read_each(
         &self,
         entry: &Entry,

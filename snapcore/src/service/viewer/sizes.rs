@@ -138,7 +138,8 @@ impl Viewer {
         let memory =
             memory.map_or(0, |(freed, memory)| if freed.frees > 0 { freed.frees } else { memory.bytes });
         let referenced = referenced.map(|bytes| bytes.saturating_add(memory));
-        let known = alone.total.certainty != Certainty::Unknown;
+        // Where it frees at most something, the rest is shared at least, which says little.
+        let known = matches!(alone.total.certainty, Certainty::Exact | Certainty::Estimate);
         let shared = referenced.filter(|_| known).map(|bytes| bytes.saturating_sub(alone.total.freed()));
         SnapshotSize { name: snapshot.name.clone(), id: snapshot.id, referenced, shared, alone }
     }
