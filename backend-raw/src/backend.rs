@@ -281,7 +281,7 @@ fn cost(disk: &DiskRecord, state: &DiskState, plan: &DiskPlan<RawStep>) -> Delet
     let path = |file: &Utf8Path| file.as_std_path().to_owned();
     let files: Vec<_> = files.iter().map(|file| path(file)).collect();
     let kept: Vec<_> = kept.iter().map(|layer| path(layer.path())).collect();
-    freed_by_removing(files.iter().map(|file| &**file), kept.iter().map(|file| &**file))
+    freed_by_removing(files.iter().map(|file| (&**file, 1)), kept.iter().map(|file| &**file))
 }
 
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {

@@ -21,10 +21,11 @@ const MAX_EXTENTS: usize = 1 << 20;
 /// `BTRFS_SUPER_MAGIC`.
 const BTRFS: i64 = 0x9123_683e;
 
-/// Returns the bytes that the removal of the files `gone` frees, all of them at once. `kept` are files that
-/// may share blocks with them. A file that cannot be looked at counts for nothing, and is reported.
+/// Returns the bytes that the removal of the files `gone` frees, all of them at once. Each comes with the
+/// number of its names that are removed. `kept` are files that may share blocks with them. A file that cannot
+/// be looked at counts for nothing, and is reported.
 pub fn freed_by_removing<'a>(
-    gone: impl IntoIterator<Item = &'a Path>,
+    gone: impl IntoIterator<Item = (&'a Path, u64)>,
     kept: impl IntoIterator<Item = &'a Path>,
 ) -> DeleteCost {
     let mut sure = DeleteCost::default().exact();
@@ -32,7 +33,7 @@ pub fn freed_by_removing<'a>(
     let mut shared: Vec<(u64, Range<u64>)> = Vec::new();
     let (mut on_btrfs, mut packed, mut devices, mut unlisted) = (false, false, Vec::new(), 0u64);
     let mut kept_by_name = None;
-    for path in gone {
+    for (path, names) in gone {
         let (about, extents) = match looked_at(path) {
             Ok(found) => found,
             Err(error) => {
@@ -42,7 +43,7 @@ pub fn freed_by_removing<'a>(
             }
         };
         let allocated = about.blocks().saturating_mul(512);
-        if about.nlink() > 1 {
+        if about.nlink() > names {
             // Another name keeps the file, so nothing is freed.
             let why = format!("{} has further names, by which it stays", path.display());
             kept_by_name = Some(why);
@@ -174,13 +175,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (one, two) = (dir.path().join("one"), dir.path().join("two"));
         std::fs::write(&one, vec![1; 65536]).unwrap();
-        let freed = freed_by_removing([one.as_path()], []);
+        let freed = freed_by_removing([(one.as_path(), 1)], []);
         assert_eq!((freed.frees, freed.certainty), (65536, Certainty::Exact));
         std::fs::hard_link(&one, &two).unwrap();
-        let freed = freed_by_removing([one.as_path()], []);
+        let freed = freed_by_removing([(one.as_path(), 1)], []);
         assert_eq!((freed.frees, freed.certainty), (0, Certainty::Exact));
         assert!(freed.why.unwrap().contains("further names"));
+        assert_eq!(freed_by_removing([(one.as_path(), 2)], []).frees, 65536);
         let gone = dir.path().join("gone");
-        assert_eq!(freed_by_removing([gone.as_path()], []).certainty, Certainty::Unknown);
+        assert_eq!(freed_by_removing([(gone.as_path(), 1)], []).certainty, Certainty::Unknown);
     }
 }

@@ -252,8 +252,9 @@ impl Sizes<'_> {
         let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
         let (bits, length) = (geometry.cluster_bits.bits(), self.image.file.len()?);
         let mut widened: Vec<Range<u64>> = Vec::with_capacity(runs.len());
+        let taken = new_table.start >> bits..new_table.end.div_ceil(geometry.cluster_bits.size());
         for (number, run) in runs.iter().enumerate() {
-            let run = self.widened(run.clone(), runs, number)?;
+            let run = self.widened(run.clone(), runs, number, &taken)?;
             match widened.last_mut() {
                 Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
                 _ => widened.push(run),
@@ -275,23 +276,30 @@ impl Sizes<'_> {
     }
 
     /// Extends a run of clusters that become free by neighbours in the same blocks of the file system, which
-    /// are free or become it too: clusters smaller than such a block free no space by themselves.
-    fn widened(&mut self, mut run: Range<u64>, runs: &[Range<u64>], number: usize) -> Result<Range<u64>> {
+    /// are free or become it too: clusters smaller than such a block free no space by themselves. Those of
+    /// `taken` are in use afterwards.
+    fn widened(
+        &mut self,
+        mut run: Range<u64>,
+        runs: &[Range<u64>],
+        number: usize,
+        taken: &Range<u64>,
+    ) -> Result<Range<u64>> {
         let (file, per_block) = (&self.image.file, FILE_BLOCK / self.image.header.cluster_bits.size());
         if per_block < 2 {
             return Ok(run);
         }
         // A block has 8 clusters at most, so other runs in it are not far.
         let near = runs.get(number.saturating_sub(8)..(number + 8).min(runs.len())).unwrap_or_default();
-        let becomes_free = |cluster: u64| near.iter().any(|run| run.contains(&cluster));
-        while !run.start.is_multiple_of(per_block)
-            && (becomes_free(run.start - 1) || self.refcounts.get(file, ClusterIndex(run.start - 1))? == 0)
-        {
+        let refcounts = &mut self.refcounts;
+        let mut is_free = |cluster: u64| -> Result<bool> {
+            let becomes = near.iter().any(|run| run.contains(&cluster));
+            Ok(!taken.contains(&cluster) && (becomes || refcounts.get(file, ClusterIndex(cluster))? == 0))
+        };
+        while !run.start.is_multiple_of(per_block) && is_free(run.start - 1)? {
             run.start -= 1;
         }
-        while !run.end.is_multiple_of(per_block)
-            && (becomes_free(run.end) || self.refcounts.get(file, ClusterIndex(run.end))? == 0)
-        {
+        while !run.end.is_multiple_of(per_block) && is_free(run.end)? {
             run.end += 1;
         }
         Ok(run)

@@ -1,9 +1,10 @@
 //! The cost of a delete, from its plan.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use snapcore::backend::{Certainty, DeleteCost, DiskPlan, DiskState};
-use snapcore::{LayerName, Result};
+use snapcore::{LayerName, Result, shown_size};
 
 use super::{ChainStep, Tag};
 use crate::removal::freed_by_removing;
@@ -91,10 +92,25 @@ pub fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, measure: &mut dyn Mea
             _ => {}
         }
     }
-    let files = removed.iter().filter_map(|name| state.layer(name)).map(|layer| layer.path().as_std_path());
-    parts.push(freed_by_removing(files, std::iter::empty()));
+    parts.push(freed_by_removing(files_of(state, removed), std::iter::empty()));
     let mut cost = DeleteCost::sum(parts);
+    if more > cost.frees && cost.certainty == Certainty::Exact {
+        let net = shown_size(more - cost.frees);
+        cost = cost.but(Certainty::AtMost, format!("nothing is freed: its merges take {net} more than goes"));
+    }
     cost.frees = cost.frees.saturating_sub(more);
     cost.moves = moves;
     Ok(cost)
+}
+
+/// The files of layers, with the number of names that each loses when it is removed.
+pub(super) fn files_of<'a>(
+    state: &'a DiskState,
+    layers: impl IntoIterator<Item = &'a LayerName>,
+) -> impl Iterator<Item = (&'a Path, u64)> {
+    layers.into_iter().filter_map(|name| state.layer(name)).map(|layer| {
+        // The configured path names the active layer too.
+        let names = if layer.name == state.active && layer.named { 2 } else { 1 };
+        (layer.path().as_std_path(), names)
+    })
 }

@@ -7,6 +7,7 @@ use rustix::fs::statvfs;
 use snapcore::backend::{DiskPlan, DiskState};
 use snapcore::{DiskRecord, Error, ErrorKind, Result, shown_size};
 
+use super::cost::files_of;
 use super::{ChainStep, Measure};
 use crate::removal::freed_by_removing;
 
@@ -34,9 +35,8 @@ pub fn require_room(
     for step in plan.steps() {
         match &step.action {
             ChainStep::Remove { layers } => {
-                let files = layers.iter().filter_map(|name| state.layer(name));
-                let files = files.map(|layer| layer.path().as_std_path());
-                free = free.saturating_add(freed_by_removing(files, std::iter::empty()).frees);
+                let freed = freed_by_removing(files_of(state, layers), std::iter::empty());
+                free = free.saturating_add(freed.frees);
             }
             ChainStep::DropInternal { layer, tags } => {
                 free = free.saturating_add(measure.dropped(layer, tags, false)?.frees);
