@@ -74,7 +74,7 @@ fn change(seed: &mut Seed, path: &Path, size: u64) {
 /// the file system; and what is said of each alone is not more than that.
 #[test]
 fn sizes_are_what_deletes_free() {
-    let cases = std::env::var("DOMSNAP_PROPERTY_CASES").map_or(16, |cases| cases.parse().unwrap());
+    let cases = std::env::var("DOMSNAP_PROPERTY_CASES").map_or(12, |cases| cases.parse().unwrap());
     let bench = Bench::new();
     for case in 0..cases {
         let mut seed = Seed::new(0x512e + case);
@@ -143,7 +143,8 @@ fn shared_tables_are_not_read() {
     let l1 = be(&bytes, 40, 8) as usize;
     for index in 0..2 {
         let table = be(&bytes, l1 + index * 8, 8) as usize & 0x00ff_ffff_ffff_fe00;
-        bytes[table..table + 65_536].fill(0xff);
+        let broken = 0x1_0200u64.to_be_bytes();
+        bytes[table..table + 65_536].as_chunks_mut::<8>().0.fill(broken);
     }
     std::fs::write(&path, bytes).unwrap();
     let image = open(&path);
@@ -189,7 +190,7 @@ fn lying_refcounts_are_reported() {
 /// What is said that a merge adds to the file is what it adds, in both directions, over two layers and three.
 #[test]
 fn growth_is_what_a_merge_adds() {
-    let cases = std::env::var("DOMSNAP_PROPERTY_CASES").map_or(10, |cases| cases.parse().unwrap());
+    let cases = std::env::var("DOMSNAP_PROPERTY_CASES").map_or(8, |cases| cases.parse().unwrap());
     for case in 0..cases {
         let bench = Bench::new();
         let mut seed = Seed::new(0x6e07 + case);
