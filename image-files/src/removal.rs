@@ -59,7 +59,7 @@ pub fn freed_by_removing<'a>(
         let of_others = extents.shared_bytes();
         sure.frees = sure.frees.saturating_add(allocated.saturating_sub(of_others));
         if let Ok(file) = opened(path)
-            && rustix::fs::fstatfs(&file).is_ok_and(|system| system.f_type as i64 == BTRFS)
+            && rustix::fs::fstatfs(&file).is_ok_and(|system| system.f_type == BTRFS)
         {
             on_btrfs = true;
         }

@@ -814,13 +814,17 @@ impl DeleteCost {
     /// The sum of several. It is as certain as the least certain of them, whose reason it has.
     pub fn sum(costs: impl IntoIterator<Item = Self>) -> Self {
         costs.into_iter().fold(Self::default().exact(), |sum, cost| {
-            let least = if cost.certainty > sum.certainty { &cost } else { &sum };
+            let (certainty, why) = match cost.certainty.cmp(&sum.certainty) {
+                std::cmp::Ordering::Greater => (cost.certainty, cost.why),
+                std::cmp::Ordering::Equal => (sum.certainty, sum.why.or(cost.why)),
+                std::cmp::Ordering::Less => (sum.certainty, sum.why),
+            };
             Self {
                 frees: sum.frees.saturating_add(cost.frees),
                 moves: sum.moves.saturating_add(cost.moves),
                 inside: sum.inside.saturating_add(cost.inside),
-                certainty: least.certainty,
-                why: least.why.clone(),
+                certainty,
+                why,
             }
         })
     }

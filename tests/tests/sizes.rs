@@ -8,10 +8,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape};
 use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::idle::Idle;
 use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu::{self, Write};
 use domsnap_tests::seed::{Seed, from_env};
 use serde_json::Value;
+use testguest::Version;
 
 const MIB: u64 = 1 << 20;
 
@@ -280,6 +282,51 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     domain.verify()?;
     domain.revert("s1")?;
     domain.verify()
+}
+
+/// The memory of a guest that does not fit is refused before anything, with the numbers; where it fits, it is
+/// saved. Zeros need no room.
+#[test]
+fn memory_that_does_not_fit_is_refused() -> Result<()> {
+    if !may_mount("tmpfs") {
+        return Ok(());
+    }
+    let mounted = Mounted::make_small("tmpfs", 40 << 20)?;
+    let dir = tempfile::Builder::new().prefix("domsnap-test-").tempdir()?;
+    let (disk, filling) = (dir.path().join("a.qcow2"), dir.path().join("filling"));
+    qemu::img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "4M"])?;
+    std::fs::write(&filling, vec![7; 64 << 20])?;
+    let drive = format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", disk.display());
+    let loader = format!("loader,file={},addr=0x2000000,force-raw=on", filling.display());
+    let args =
+        ["-m", "256", "-blockdev", &drive, "-device", "virtio-blk-pci,drive=d0,id=vda", "-device", &loader];
+    let machine = Idle::start(Version::New, dir.path(), "m", &args)?;
+    let domsnap = Domsnap::new(&dir.path().join("state"));
+    let memory = mounted.path().display().to_string();
+    domsnap.done(&["domain", "add", "web", "--at", &machine.address(), "--memory-dir", &memory])?;
+    let refused = domsnap.run(&["create", "web", "s1", "--memory"])?.expect_status(status::REFUSED)?;
+    let said = &refused.stderr;
+    ensure!(
+        said.contains("the image of the guest's memory needs at least 5") && said.contains(" free"),
+        "{said}"
+    );
+    ensure!(
+        said.contains("no changes made") && std::fs::read_dir(mounted.path())?.next().is_none(),
+        "{said}"
+    );
+    domsnap.done(&["create", "web", "s1", "--disk-only"])?;
+    drop(machine);
+    // The same memory, of zeros.
+    let args = &args[..args.len() - 2];
+    let machine = Idle::start(Version::New, dir.path(), "m", args)?;
+    domsnap.done(&["create", "web", "s2", "--memory"])?;
+    let said = du(&domsnap, "web", &["s2"])?;
+    let image = said["together"]["memory"]["frees"].as_u64().context("the memory's size")?;
+    let before = images(mounted.path())?;
+    domsnap.done(&["delete", "web", "s2"])?;
+    ensure!(image > 0 && before - images(mounted.path())? == image, "{said}");
+    drop(machine);
+    Ok(())
 }
 
 /// The commands of the guide's page, each run as it is written there; its tables are those that are printed.

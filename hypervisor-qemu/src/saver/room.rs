@@ -77,7 +77,7 @@ fn fits(image: &Utf8Path, needed: u64) -> Result<()> {
     .advise("free space there, or take the disks alone with --disk-only"))
 }
 
-/// The blocks that QEMU's list has, by their addresses. QEMU before 8 does not tell those.
+/// The blocks that QEMU's list has, by their addresses. QEMU 7.2 does not tell those.
 fn blocks(text: &str) -> Vec<Block> {
     let mut lines = text.lines();
     let columns = lines.next().map_or(0, |head| usize::from(head.contains("HVA")));

@@ -66,10 +66,9 @@ pub fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, measure: &mut dyn Mea
                 parts.push(measure.dropped(layer, tags, applies(layer))?);
                 changed.insert(layer);
             }
-            ChainStep::ApplyInternal { layer, .. } => {
-                if changed.insert(layer) {
-                    parts.push(measure.dropped(layer, &[], true)?);
-                }
+            ChainStep::ApplyInternal { layer, .. } if !changed.contains(layer) => {
+                parts.push(measure.dropped(layer, &[], true)?);
+                changed.insert(layer);
             }
             ChainStep::Merge { run, into, below } => {
                 let growth = measure.merged(run, into, below.is_some(), step.bytes)?;
@@ -86,8 +85,11 @@ pub fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, measure: &mut dyn Mea
                 changed.extend(run);
             }
             ChainStep::ForgetInternal { layer, tags } => parts.push(DeleteCost::default().but(
-                Certainty::Exact,
-                format!("{} in {layer} cannot be read: what they refer to stays occupied", Tag::names(tags)),
+                Certainty::Unknown,
+                format!(
+                    "{} in {layer} cannot be read: a delete is refused, and with --force all that they refer to stays",
+                    Tag::names(tags)
+                ),
             )),
             _ => {}
         }

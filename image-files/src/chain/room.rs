@@ -58,7 +58,7 @@ pub fn require_room(
             }
             ChainStep::Materialise { from, tag, .. } => {
                 let shares = rustix::fs::statfs(directory.as_std_path())
-                    .is_ok_and(|system| !SHARES_NOTHING.contains(&(system.f_type as i64)));
+                    .is_ok_and(|system| !SHARES_NOTHING.contains(&system.f_type));
                 let needed = if shares { 0 } else { measure.copied(from, tag)? };
                 if needed > free {
                     return Err(no_room(
