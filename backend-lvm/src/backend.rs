@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::backend::{
-    Capabilities, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter, DiskState,
-    Finding, Guard, InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
+    Capabilities, Certainty, CloneDisk, ClonePlan, DeleteCost, DiskPlan, DiskRequest, DiskSnapshotter,
+    DiskState, Finding, Guard, InspectDepth, Leftover, Salvage, StepContext, StepNeed, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer};
 use snapcore::manifest::{ManifestDirectory, ManifestStore};
@@ -298,15 +298,19 @@ impl DiskSnapshotter for Lvm {
         self.blocking(move |inner| {
             let volume = volume_of(&disk)?;
             let group = inner.lvm.group(&volume.group)?;
-            // It is not known which blocks belong to a thin volume alone.
-            let frees = drop
+            let gone = drop
                 .iter()
                 .filter(|point| !keep.contains(point))
-                .filter_map(|point| group.row(point.layer.as_str()))
-                .filter(|row| row.kind == VolumeKind::ThickSnapshot)
-                .map(|row| row.size)
-                .sum();
-            Ok(DeleteCost::new(frees, 0))
+                .filter_map(|point| group.row(point.layer.as_str()));
+            Ok(DeleteCost::sum(gone.map(|row| match row.kind {
+                // Blocks that others have too stay. Which these are is in the pool's metadata alone.
+                VolumeKind::Thin => DeleteCost::new(row.allocated(), 0).but(
+                    Certainty::AtMost,
+                    "thin volumes share blocks in their pool, and lvm does not tell which: `thin_ls` reads it from \
+                     the pool's metadata",
+                ),
+                _ => DeleteCost::new(row.size, 0).exact(),
+            })))
         })
         .await
     }

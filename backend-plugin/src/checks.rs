@@ -351,8 +351,11 @@ pub(crate) fn chain(files: &[OpenLayer], of: &Utf8Path) -> Checked {
     })
 }
 
-pub(crate) fn cost(cost: &DeleteCost) -> Checked {
+pub(crate) fn cost(cost: &mut DeleteCost) -> Checked {
     size("what a delete frees", cost.frees)?;
+    size("what a delete frees inside", cost.inside)?;
+    cost.why = cost.why.as_deref().map(plain);
+    cost.why.as_deref().map_or(Ok(()), |why| text("why it is not exact", why))?;
     size("what a delete moves", cost.moves)
 }
 
@@ -373,6 +376,7 @@ pub(crate) fn findings(all: &mut [Finding]) -> Checked {
 mod tests {
     use serde_json::{Value, json};
     use snapcore::Disk;
+    use snapcore::backend::Certainty;
 
     use super::*;
 
@@ -429,8 +433,11 @@ mod tests {
             let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(u64::MAX));
             assert!(refused.unwrap_err().contains("more than a disk can have"), "{place}");
         }
-        let cost = DeleteCost::new(u64::MAX, 0);
-        super::cost(&cost).unwrap_err();
+        super::cost(&mut DeleteCost::new(u64::MAX, 0)).unwrap_err();
+        super::cost(&mut DeleteCost::new(0, 0).inside(u64::MAX)).unwrap_err();
+        let mut strange = DeleteCost::new(1, 0).but(Certainty::Unknown, "no\u{1b}[31m\nidea");
+        super::cost(&mut strange).unwrap();
+        assert!(!strange.why.unwrap().contains(char::is_control));
     }
 
     #[test]

@@ -469,7 +469,7 @@ impl DiskSnapshotter for Plugin {
     ) -> Result<DeleteCost> {
         let params =
             CostParams { disk: disk.clone(), state: state.clone(), drop: drop.to_vec(), keep: keep.to_vec() };
-        self.ask(Method::CostOfDelete, &params, |cost| checks::cost(cost)).await
+        self.ask(Method::CostOfDelete, &params, checks::cost).await
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {

@@ -30,6 +30,7 @@ use crate::image::{self, Image, OpenOptions};
 use crate::layers::{Limits, Qcow2Chain};
 use crate::preflight;
 use crate::reading;
+use crate::sizes::{self, Images};
 use crate::steps::StepRunner;
 use crate::tags;
 use image_files::layers;
@@ -192,7 +193,14 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
-        chain::uses(disk, &step.action)
+        let mut uses = chain::uses(disk, &step.action);
+        if let ChainStep::TakeInternal { .. } = &step.action
+            && let Some(file) = uses.writes.first()
+        {
+            // The step itself reports what is wrong with the image.
+            uses.room = in_place(|| sizes::room_of_new_tag(file)).unwrap_or(0);
+        }
+        uses
     }
 
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
@@ -208,7 +216,7 @@ impl DiskSnapshotter for Qcow2 {
         request: &DiskRequest,
     ) -> Result<DiskPlan<ChainStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
-        let (capabilities, max_depth) = (self.capabilities(), self.limits.max_depth);
+        let (capabilities, max_depth, punch) = (self.capabilities(), self.limits.max_depth, self.punch);
         blocking(move || {
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 chain::check_overlay_name(&disk, overlay)?;
@@ -227,7 +235,16 @@ impl DiskSnapshotter for Qcow2 {
             {
                 plan.notes.extend(warnings_of_moving(&disk, layer)?);
             }
-            let checked = preflight::check(&disk, &state, &request, &mut plan, max_depth);
+            let checked = preflight::check(&disk, &state, &request, &mut plan, max_depth).and_then(|()| {
+                match &request {
+                    // A delete that is forced does what it can, and leaves the rest for later.
+                    DiskRequest::Delete { drop, force, .. } if *force || drop.is_empty() => Ok(()),
+                    DiskRequest::Delete { .. } | DiskRequest::Revert { .. } => {
+                        chain::require_room(&disk, &state, &plan, &mut Images { state: &state, punch })
+                    }
+                    _ => Ok(()),
+                }
+            });
             chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
@@ -344,8 +361,12 @@ impl DiskSnapshotter for Qcow2 {
         let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
         let (state, punch) = (state.clone(), self.punch);
-        blocking(move || chain::cost(&plan, &state, |layer, tags| freed_inside(&state, punch, layer, tags)))
-            .await
+        blocking(move || chain::cost(&plan, &state, &mut Images { state: &state, punch })).await
+    }
+
+    async fn referenced(&self, _disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {
+        let (state, point) = (state.clone(), point.clone());
+        blocking(move || sizes::referenced(&state, &point)).await
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
@@ -478,14 +499,4 @@ fn require_part(path: &Utf8Path, seen: &SeenDisk, bases: &Bases, max_depth: u32)
         }
     }
     Err(seen.only_a_part())
-}
-
-/// Returns the bytes that deleting tags of a layer gives back to the file system.
-fn freed_inside(state: &DiskState, punch: bool, layer: &LayerName, tags: &[Tag]) -> Result<u64> {
-    // A hypervisor that deletes it in the image it writes keeps the space for its next writes.
-    let punched = punch && !(state.attached && *layer == state.active);
-    let Some(layer) = state.layer(layer).filter(|_| punched) else { return Ok(0) };
-    let image = Image::open(layer.path().as_std_path(), &OpenOptions::read_only().unlocked())?;
-    let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
-    Ok(image.freed_by_deleting(&tags)?)
 }

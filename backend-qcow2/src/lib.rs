@@ -17,6 +17,7 @@ mod overlay;
 mod preflight;
 mod reading;
 mod salvage;
+mod sizes;
 mod steps;
 mod tags;
 

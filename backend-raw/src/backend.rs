@@ -1,15 +1,14 @@
 //! [`DiskSnapshotter`] for raw files.
 
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::{disk_of_layer, layer_path};
 use image_files::{
-    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files, unshared,
+    DiskLocks, FileIds, FileSteps, blocking, freed_by_removing, in_place, is_held_by_others, names,
+    open_files,
 };
-use rustix::fs::OFlags;
 use snapcore::backend::{
     Capabilities, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest, DiskSnapshotter,
     DiskState, FileUses, Finding, Guard, InspectDepth, Layer, Leftover, PointImage, Progress, Salvage,
@@ -245,26 +244,17 @@ impl DiskSnapshotter for Raw {
         blocking(move || check(&disk, &state)).await
     }
 
-    /// Blocks that a point shares with other files (reflinks) are not freed by its removal, if the file
-    /// system reports them. Points that only share with each other free those blocks together, which is more
-    /// than this.
     async fn cost_of_delete(
         &self,
-        _disk: &DiskRecord,
+        disk: &DiskRecord,
         state: &DiskState,
         drop: &[Point],
         keep: &[Point],
     ) -> Result<DeleteCost> {
-        let gone = drop.iter().filter(|point| !keep.contains(point));
-        let own = |layer: &Layer| {
-            let flags = OFlags::NONBLOCK.bits().cast_signed();
-            let file = std::fs::File::options().read(true).custom_flags(flags).open(layer.path()).ok()?;
-            unshared(&file).ok().flatten()
-        };
-        let layers = gone.filter_map(|point| state.layer(&point.layer));
-        let frees =
-            layers.map(|layer| own(layer).map_or(layer.allocated, |own| own.min(layer.allocated))).sum();
-        Ok(DeleteCost::new(frees, 0))
+        let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
+        let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
+        let (disk, state) = (disk.clone(), state.clone());
+        blocking(move || Ok(cost(&disk, &state, &plan))).await
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
@@ -274,6 +264,24 @@ impl DiskSnapshotter for Raw {
     fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
         layer_path(disk.disk.path(), layer).into()
     }
+}
+
+/// The space that the files have which a delete removes, with their checksums.
+fn cost(disk: &DiskRecord, state: &DiskState, plan: &DiskPlan<RawStep>) -> DeleteCost {
+    let removed = plan.steps().filter_map(|step| match &step.action {
+        RawStep::Remove { layers } => Some(layers),
+        _ => None,
+    });
+    let removed: Vec<&LayerName> = removed.flatten().collect();
+    let (gone, kept): (Vec<&Layer>, Vec<&Layer>) =
+        state.layers.iter().partition(|layer| removed.contains(&&layer.name));
+    let mut files: Vec<Utf8PathBuf> = gone.iter().map(|layer| layer.path().to_owned()).collect();
+    let sums = removed.iter().map(|name| copy::sum_file(&layer_path(disk.disk.path(), name)));
+    files.extend(sums.filter(|file| file.symlink_metadata().is_ok()));
+    let path = |file: &Utf8Path| file.as_std_path().to_owned();
+    let files: Vec<_> = files.iter().map(|file| path(file)).collect();
+    let kept: Vec<_> = kept.iter().map(|layer| path(layer.path())).collect();
+    freed_by_removing(files.iter().map(|file| (&**file, 1)), kept.iter().map(|file| &**file))
 }
 
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {

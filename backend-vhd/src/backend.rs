@@ -4,22 +4,22 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::chain::{self, ChainStep};
+use image_files::chain::{self, ChainStep, Growth};
 use image_files::layer_name::{disk_of_layer, layer_path};
 use image_files::{
     DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, manifests_beside, names,
     open_files,
 };
 use snapcore::backend::{
-    Base, Capabilities, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest,
+    Base, Capabilities, Certainty, CloneDisk, ClonePlan, DeleteCost, Differences, DiskPlan, DiskRequest,
     DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Leftover, PointImage, Salvage,
     Severity, StepContext, StepStatus,
 };
 use snapcore::hypervisor::{AttachedDisk, OpenLayer, SeenDisk};
 use snapcore::manifest::ManifestStore;
 use snapcore::{
-    ActivePath, Disk, DiskAddress, DiskRecord, LayerName, Point, PointKind, Result, Snapshot, Step,
-    TagIdentity,
+    ActivePath, Disk, DiskAddress, DiskRecord, Error, ErrorKind, LayerName, Point, PointKind, Result,
+    Snapshot, Step, TagIdentity,
 };
 
 use crate::attached;
@@ -191,7 +191,15 @@ impl DiskSnapshotter for VhdFiles {
             let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
                 visible(&disk, run)
             })?;
-            let checked = refusal::check(&disk, &state, &mut plan);
+            let checked = refusal::check(&disk, &state, &mut plan).and_then(|()| {
+                let mut images = Images { disk: &disk, state: &state };
+                match &request {
+                    DiskRequest::Delete { drop, force: false, .. } if !drop.is_empty() => {
+                        chain::require_room(&disk, &state, &plan, &mut images)
+                    }
+                    _ => Ok(()),
+                }
+            });
             chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
@@ -309,8 +317,14 @@ impl DiskSnapshotter for VhdFiles {
     ) -> Result<DeleteCost> {
         let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
-        // There are no internal snapshots.
-        chain::cost(&plan, state, |_, _| Ok(0))
+        let (disk, state) = (disk.clone(), state.clone());
+        blocking(move || chain::cost(&plan, &state, &mut Images { disk: &disk, state: &state })).await
+    }
+
+    async fn referenced(&self, _disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {
+        let chain = state.chain(&point.layer);
+        let bytes = chain.iter().map(|layer| layer.allocated).fold(0, u64::saturating_add);
+        Ok((!chain.is_empty()).then_some(bytes))
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
@@ -322,13 +336,43 @@ impl DiskSnapshotter for VhdFiles {
     }
 }
 
+/// The images of a disk, as far as the cost of a delete depends on them.
+struct Images<'a> {
+    disk: &'a DiskRecord,
+    state: &'a DiskState,
+}
+
+impl chain::Measure for Images<'_> {
+    fn dropped(&mut self, layer: &LayerName, _: &[chain::Tag], _: bool) -> Result<DeleteCost> {
+        Err(Error::new(ErrorKind::Internal, format!("{layer} is a VHD, which has no internal snapshots")))
+    }
+
+    fn merged(&mut self, run: &[LayerName], into: &LayerName, _: bool, moved: u64) -> Result<Growth> {
+        let target = run.iter().position(|layer| layer == into).unwrap_or_default();
+        let read = opened(self.disk, run).and_then(|mut run| Ok(image::merge_growth(&mut run, target)?));
+        Ok(match self.state.attached {
+            // The server that has them open merges them, while the guest writes.
+            true => Growth { more: read.unwrap_or(moved), less: 0, certainty: Certainty::Estimate },
+            false => Growth { more: read?, less: 0, certainty: Certainty::Exact },
+        })
+    }
+
+    fn copied(&mut self, layer: &LayerName, _: &chain::Tag) -> Result<u64> {
+        Err(Error::new(ErrorKind::Internal, format!("{layer} is a VHD, which has no internal snapshots")))
+    }
+}
+
 /// Counts the sectors of each layer of a run that its top shows.
 fn visible(disk: &DiskRecord, run: &[LayerName]) -> Result<Vec<u64>> {
+    Ok(image::visible_bytes(&mut opened(disk, run)?)?)
+}
+
+fn opened(disk: &DiskRecord, run: &[LayerName]) -> Result<Chain> {
     let mut opened = Vec::new();
     for layer in run {
         opened.push(Layer::Vhd(Box::new(reading(&file_of(disk, layer)?)?)));
     }
-    Ok(image::visible_bytes(&mut Chain::new(opened)?)?)
+    Ok(Chain::new(opened)?)
 }
 
 /// Maps a finding of the image engine about the image at `file`.

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 pub fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
     let mut bytes = 0u64;
     for range in ranges.iter().filter(|range| !range.is_empty()) {
-        let counted = match sum_of_extents(file, range, |_| true) {
+        let counted = match sum_of_extents(file, range) {
             Ok(counted) => counted,
             Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => data_in(file, range)?,
             Err(errno) => return Err(errno.into()),
@@ -28,39 +28,71 @@ pub fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Returns the bytes of the file that no other file shares, so that its removal frees them; `None` if the
-/// file system does not report that.
+/// The blocks of a file that other files share, and how its data is stored.
+#[derive(Debug, Default)]
+pub(crate) struct Extents {
+    /// Places on the device that another file has too.
+    pub(crate) shared: Vec<Range<u64>>,
+    /// True if an extent is compressed, so that its length says nothing of its room.
+    pub(crate) packed: bool,
+    /// Bytes of shared extents beyond the limit, whose places are left out.
+    pub(crate) beyond: u64,
+}
+
+impl Extents {
+    /// Bytes that other files share.
+    pub(crate) fn shared_bytes(&self) -> u64 {
+        let listed = self.shared.iter().map(|range| range.end.saturating_sub(range.start));
+        listed.fold(self.beyond, u64::saturating_add)
+    }
+}
+
+/// Returns the shared extents of a file, the places of at most `limit` of them; `None` if the file system
+/// does not report extents.
 ///
 /// # Errors
 /// The system's.
-pub fn unshared(file: &File) -> io::Result<Option<u64>> {
-    let shared = |flags: u32| flags & sys::SHARED != 0;
-    match sum_of_extents(file, &(0..u64::MAX), |flags| !shared(flags)) {
-        Ok(bytes) => Ok(Some(bytes)),
+pub(crate) fn extents_of(file: &File, limit: usize) -> io::Result<Option<Extents>> {
+    let mut found = Extents::default();
+    let visited = visit_extents(file, &(0..u64::MAX), |extent| {
+        found.packed |= extent.flags & sys::ENCODED != 0;
+        if extent.flags & sys::SHARED == 0 {
+            return;
+        }
+        match found.shared.len() < limit {
+            true => found.shared.push(extent.physical..extent.physical.saturating_add(extent.length)),
+            false => found.beyond = found.beyond.saturating_add(extent.length),
+        }
+    });
+    match visited {
+        Ok(()) => Ok(Some(found)),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
 
-fn sum_of_extents(file: &File, range: &Range<u64>, counts: impl Fn(u32) -> bool) -> Result<u64, Errno> {
-    let (mut at, mut bytes) = (range.start, 0u64);
+fn sum_of_extents(file: &File, range: &Range<u64>) -> Result<u64, Errno> {
+    let mut bytes = 0u64;
+    visit_extents(file, range, |extent| {
+        let end = extent.start.saturating_add(extent.length);
+        bytes = bytes.saturating_add(end.min(range.end).saturating_sub(extent.start.max(range.start)));
+    })?;
+    Ok(bytes)
+}
+
+fn visit_extents(file: &File, range: &Range<u64>, mut each: impl FnMut(&sys::Extent)) -> Result<(), Errno> {
+    let mut at = range.start;
     while at < range.end {
         let extents = sys::extents(file, at, range.end - at)?;
         let Some(last) = extents.last() else { break };
-        for extent in &extents {
-            let end = extent.start.saturating_add(extent.length);
-            if counts(extent.flags) {
-                bytes =
-                    bytes.saturating_add(end.min(range.end).saturating_sub(extent.start.max(range.start)));
-            }
-        }
+        extents.iter().for_each(&mut each);
         let next = last.start.saturating_add(last.length);
         if last.flags & sys::LAST != 0 || next <= at {
             break;
         }
         at = next;
     }
-    Ok(bytes)
+    Ok(())
 }
 
 fn data_in(file: &File, range: &Range<u64>) -> io::Result<u64> {
@@ -96,6 +128,8 @@ mod sys {
 
     /// `FIEMAP_EXTENT_LAST`.
     pub(super) const LAST: u32 = 1;
+    /// `FIEMAP_EXTENT_ENCODED`: compressed, or encrypted.
+    pub(super) const ENCODED: u32 = 8;
     /// `FIEMAP_EXTENT_SHARED`.
     pub(super) const SHARED: u32 = 0x2000;
     /// Extents requested at once.
@@ -105,6 +139,8 @@ mod sys {
     pub(super) struct Extent {
         /// Offset in the file.
         pub(super) start: u64,
+        /// Offset on the device.
+        pub(super) physical: u64,
         /// Bytes.
         pub(super) length: u64,
         pub(super) flags: u32,
@@ -168,7 +204,13 @@ mod sys {
         // SAFETY: the request outlives the call, and has the layout that this call requires (see above).
         unsafe { ioctl(file, &mut request) }?;
         let found = request.extents.iter().take(request.head.mapped as usize);
-        Ok(found.map(|raw| Extent { start: raw.logical, length: raw.length, flags: raw.flags }).collect())
+        let extent = |raw: &Raw| Extent {
+            start: raw.logical,
+            physical: raw.physical,
+            length: raw.length,
+            flags: raw.flags,
+        };
+        Ok(found.map(extent).collect())
     }
 }
 
@@ -190,8 +232,8 @@ mod tests {
         assert_eq!(allocated_in(&file, std::slice::from_ref(&(0..1 << 20))).unwrap(), blocks());
         assert_eq!(allocated_in(&file, std::slice::from_ref(&(131_072..262_144))).unwrap(), 0);
         assert!(allocated_in(&file, std::slice::from_ref(&(65536..69632))).unwrap() == 4096);
-        if let Some(own) = unshared(&file).unwrap() {
-            assert_eq!(own, blocks());
+        if let Some(extents) = extents_of(&file, 1).unwrap() {
+            assert_eq!(extents.shared_bytes(), 0);
         }
     }
 }

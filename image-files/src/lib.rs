@@ -16,6 +16,7 @@
 //! | `base` | images of other formats at which a chain ends ([`BaseFormat`]) |
 //! | `file_steps`, `salvage` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | `manifests` | the directory of manifests beside a disk |
+//! | `removal`, `extents` | the space that the removal of files frees |
 //! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
@@ -37,6 +38,7 @@ mod lock;
 mod luks;
 mod manifests;
 pub mod names;
+mod removal;
 mod salvage;
 mod size;
 
@@ -47,9 +49,10 @@ pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use discover::discover;
 pub use disk_locks::{DiskLoan, DiskLocks, ImageLocks, borrow_image, is_held_by_others};
-pub use extents::{allocated_in, unshared};
+pub use extents::allocated_in;
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use lock::{LockError, LockMode, is_locked, lock, lock_whole};
 pub use luks::{LUKS, is_luks};
 pub use manifests::manifests_beside;
+pub use removal::freed_by_removing;
 pub use size::{size_at, size_of};

@@ -124,6 +124,8 @@ pub enum Command {
     List(List),
     /// Show one snapshot: its files, their sizes, what deleting it would free
     Show(Show),
+    /// Show the space that snapshots take, and what deleting them would free
+    Du(Du),
     /// Register, list and show domains
     #[command(subcommand)]
     Domain(Domain),
@@ -633,6 +635,15 @@ pub struct Show {
     pub domain: DomainRef,
     /// The snapshot
     pub name: SnapshotName,
+}
+
+#[derive(Debug, Args)]
+pub struct Du {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshots, which are looked at together [default: all]
+    #[arg(value_name = "SNAPSHOT")]
+    pub names: Vec<SnapshotName>,
 }
 
 #[derive(Debug, Subcommand)]

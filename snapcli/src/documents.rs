@@ -9,11 +9,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
-use snapcore::backend::{Capabilities, DeleteCost, Finding};
+use snapcore::backend::{Capabilities, Certainty, DeleteCost, Finding};
 use snapcore::hypervisor::{Control, GuestChange, HypervisorProfile, SeenDisk};
 use snapcore::policy::{Policy, PolicyId, PolicySpec, ReviewedSnapshot};
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, PastOperation};
-use snapcore::service::{PreviousState, RecoveryReport, Removal, Unfinished};
+use snapcore::service::{PreviousState, RecoveryReport, Removal, SnapshotSize, Unfinished};
 use snapcore::{
     Consistency, DiskAddress, Domain, DomainName, ErrorKind, GroupId, Hold, Holder, Hypervisor, MemoryPoint,
     Plan, PointKind, Registry, SkippedDisk, Snapshot, SnapshotGroup, SnapshotId, SnapshotName, Target,
@@ -201,15 +201,18 @@ pub struct PreviousDoc {
     pub points: Vec<PointDoc>,
     /// Its memory image; null where it has none.
     pub memory: Option<MemoryPoint>,
-    /// Bytes on the disk that are freed when it is given up; null where a disk cannot be read.
+    /// Bytes on the disk that are freed when it is given up; null where that is not known.
     pub frees: Option<u64>,
+    /// Meaning of that number.
+    pub certainty: Certainty,
 }
 
 impl PreviousDoc {
     fn of(previous: &PreviousState, listing: &Listing, registry: &Registry) -> Self {
         let SnapshotDoc { id, created, parent, points, memory, .. } =
             SnapshotDoc::of(&previous.snapshot, listing, registry);
-        Self { id, replaced: created, parent, points, memory, frees: previous.frees }
+        let PreviousState { frees, certainty, .. } = *previous;
+        Self { id, replaced: created, parent, points, memory, frees, certainty }
     }
 }
 
@@ -287,6 +290,8 @@ pub struct ShowDoc {
     /// State that the guest can write and that is in no snapshot: directories shared with the host, host
     /// devices.
     pub shared: Vec<String>,
+    /// The space that it takes; `du` has the same.
+    pub size: SnapshotSize,
 }
 
 /// Effect of a delete on one disk.
@@ -832,7 +837,7 @@ pub fn schema() -> serde_json::Value {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
         "group": GroupDoc, "group-dry-run": GroupPlanDoc,
         "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
-        "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc,
+        "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc, "du": snapcore::service::SizeReport,
         "policy-run": PolicyRunDoc, "policy-install": PolicyInstallDoc, "policy-remove": PolicyRemoveDoc,
         "policy-show": PolicyShowDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,

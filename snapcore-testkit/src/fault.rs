@@ -426,6 +426,9 @@ impl DiskSnapshotter for FaultyBackend {
         let free = self.faults.wrong().is_some_and(|wrong| wrong.is(Wrong::FreeDeletes));
         Ok(if free { DeleteCost::new(0, 0) } else { cost })
     }
+    async fn referenced(&self, disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {
+        self.inner.referenced(disk, state, point).await
+    }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         self.inner.is_gone(disk).await
     }

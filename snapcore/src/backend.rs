@@ -610,8 +610,8 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Looks for damage in the disk's images. Changes nothing.
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>>;
 
-    /// Estimates the bytes on the disk that deleting `drop` would free, and the bytes that would have to be
-    /// moved.
+    /// Returns the bytes that deleting exactly `drop` would free, all at once, and the bytes that would have
+    /// to be moved. It says how certain that is ([`Certainty`]). Changes nothing, and needs no lock.
     async fn cost_of_delete(
         &self,
         disk: &DiskRecord,
@@ -619,6 +619,14 @@ pub trait DiskSnapshotter: Send + Sync {
         drop: &[Point],
         keep: &[Point],
     ) -> Result<DeleteCost>;
+
+    /// Returns the bytes that a point refers to: its own, those that it shares with other points, and those
+    /// of the layers below it. `None`: unknown. Changes nothing, and needs no lock.
+    ///
+    /// By default, those of its layer, if the point is the layer itself.
+    async fn referenced(&self, _disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {
+        Ok(state.layer(&point.layer).filter(|_| point.tag.is_none()).map(|layer| layer.allocated))
+    }
 
     /// Returns true if nothing is left of a disk at rest, neither its image nor a layer, although the place
     /// itself exists. A device whose node is missing may come back with its storage, or when it is activated.
@@ -735,19 +743,89 @@ pub enum Salvage {
     Stays(Vec<Edit>, String),
 }
 
-/// Estimated cost and gain of a delete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+/// Meaning of the number of freed bytes in a [`DeleteCost`].
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Certainty {
+    /// The delete frees this much, if nothing else changes meanwhile.
+    Exact,
+    /// It frees this much or less.
+    AtMost,
+    /// It frees about this much.
+    #[default]
+    Estimate,
+    /// Nothing is known beyond the number, which is a part.
+    Unknown,
+}
+
+/// Cost and gain of a delete.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct DeleteCost {
-    /// Bytes on the disk that it would free.
+    /// Bytes on the disk that it would free: the file system, the pool or the volume group gets them back.
     pub frees: u64,
     /// Bytes of data that it would move.
     pub moves: u64,
+    /// Further bytes that become free inside an image, for its next writes, and stay in use on the disk.
+    #[serde(default)]
+    pub inside: u64,
+    /// Meaning of the two numbers of freed bytes.
+    #[serde(default)]
+    pub certainty: Certainty,
+    /// The reason why it is not exact, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 impl DeleteCost {
     /// Makes an estimate.
     pub fn new(frees: u64, moves: u64) -> Self {
-        Self { frees, moves }
+        Self { frees, moves, ..Self::default() }
+    }
+
+    /// Says that it is exact.
+    #[must_use]
+    pub fn exact(mut self) -> Self {
+        (self.certainty, self.why) = (Certainty::Exact, None);
+        self
+    }
+
+    /// Says how certain it is, and why not more.
+    #[must_use]
+    pub fn but(mut self, certainty: Certainty, why: impl Into<String>) -> Self {
+        (self.certainty, self.why) = (certainty, Some(why.into()));
+        self
+    }
+
+    /// Sets the bytes that become free inside an image.
+    #[must_use]
+    pub fn inside(mut self, bytes: u64) -> Self {
+        self.inside = bytes;
+        self
+    }
+
+    /// All freed bytes, wherever they are.
+    pub fn freed(&self) -> u64 {
+        self.frees.saturating_add(self.inside)
+    }
+
+    /// The sum of several. It is as certain as the least certain of them, whose reason it has.
+    pub fn sum(costs: impl IntoIterator<Item = Self>) -> Self {
+        costs.into_iter().fold(Self::default().exact(), |sum, cost| {
+            let (certainty, why) = match cost.certainty.cmp(&sum.certainty) {
+                std::cmp::Ordering::Greater => (cost.certainty, cost.why),
+                std::cmp::Ordering::Equal => (sum.certainty, sum.why.or(cost.why)),
+                std::cmp::Ordering::Less => (sum.certainty, sum.why),
+            };
+            Self {
+                frees: sum.frees.saturating_add(cost.frees),
+                moves: sum.moves.saturating_add(cost.moves),
+                inside: sum.inside.saturating_add(cost.inside),
+                certainty,
+                why,
+            }
+        })
     }
 }

@@ -226,6 +226,9 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     ) -> Result<DeleteCost> {
         self.inner.cost_of_delete(disk, state, drop, keep).await
     }
+    async fn referenced(&self, disk: &DiskRecord, state: &DiskState, point: &Point) -> Result<Option<u64>> {
+        self.inner.referenced(disk, state, point).await
+    }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         self.inner.is_gone(disk).await
     }

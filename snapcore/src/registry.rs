@@ -6,7 +6,7 @@ use std::sync::Arc;
 use camino::Utf8Path;
 
 use crate::address::DiskAddress;
-use crate::backend::DiskSnapshotter;
+use crate::backend::{DeleteCost, DiskSnapshotter};
 use crate::domain::{Disk, Domain, Hypervisor};
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
@@ -202,6 +202,18 @@ impl Registry {
         match self.hypervisor(&domain.hypervisor) {
             Ok(saver) => saver.memory_size(image).await,
             Err(_) => MemoryDirectory::size(image),
+        }
+    }
+
+    /// What the removal of a memory image of a domain frees ([`VmStateSaver::memory_freed`]).
+    pub(crate) async fn memory_freed(
+        &self,
+        domain: &Domain,
+        image: &DiskAddress,
+    ) -> Result<Option<DeleteCost>> {
+        match self.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.memory_freed(image).await,
+            Err(_) => MemoryDirectory::freed(image),
         }
     }
 

@@ -11,6 +11,7 @@
 //! * `open`: [`Image`], which holds them together.
 //! * `snapshot`, `create`, `resize`, `backing`, `check`, and [`ActiveWriter`] in `writer`: the operations
 //!   that change an image.
+//! * `sizes`, `growth`: what a delete of snapshots frees, and what a merge adds, without doing them.
 //!
 //! # What is durable before what
 //! An operation takes effect with the write of the header sector (the first 512 bytes). Everything that the
@@ -38,6 +39,7 @@ mod create;
 #[cfg(test)]
 mod damage_tests;
 mod difference;
+mod growth;
 mod header;
 mod layout;
 mod mapping;
@@ -54,6 +56,7 @@ mod references;
 mod reserve;
 mod resize;
 mod sequential;
+mod sizes;
 mod snapshot;
 mod snapshot_table;
 mod tables;
@@ -74,6 +77,7 @@ use image_files::engine::{error, file, transfer};
 pub use difference::{Under, differences};
 pub use error::{Context, Error, ErrorKind, Result};
 pub use file::ImageFile;
+pub use growth::{MergeGrowth, merge_growth};
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};
 pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
 pub use materialise::materialise;
@@ -82,6 +86,7 @@ pub use open::{Image, OpenOptions, probe, stated_backing};
 pub use point::{BottomReader, PointReader};
 pub use refcount::{entry_of_block as refcount_of_block, parse_table as parse_reftable};
 pub use sequential::Sequential;
+pub use sizes::{Freed, Sizes};
 pub use snapshot::{Deleted, NewSnapshot};
 pub use snapshot_table::{Snapshot, encode as encode_snapshot_table, parse as parse_snapshot_table};
 pub use tables::{L1Table, L2Table};

@@ -179,6 +179,8 @@ pub struct Refcounts {
     hint: u64,
     /// True if changes must not reach the file.
     dry: bool,
+    /// Limit of blocks in memory, in bytes, while changes do not reach the file.
+    dry_limit: usize,
     /// Clusters whose refcount fell to zero since the last call of [`Refcounts::take_freed`].
     freed: u64,
     /// Runs of clusters whose refcount fell to zero, in that order; adjacent ones are one run.
@@ -225,6 +227,7 @@ impl Refcounts {
             table_moved: false,
             hint: 0,
             dry: false,
+            dry_limit: MAX_ESTIMATE_BYTES,
             freed: 0,
             freed_runs: Vec::new(),
         })
@@ -239,6 +242,28 @@ impl Refcounts {
     /// afterwards.
     pub(crate) fn dry_run(&mut self) {
         self.dry = true;
+    }
+
+    /// Reads alone, so that few blocks need to be in memory. The value must not be changed afterwards.
+    pub(crate) fn read_only(&mut self) {
+        self.dry = true;
+        self.dry_limit = MAX_LOADED_BYTES;
+    }
+
+    /// Returns the number of clusters of new refcount blocks, and of a moved table, that are not on disk yet.
+    pub(crate) fn new_clusters(&self) -> u64 {
+        let table =
+            if self.table_moved { (self.table.len() as u64).div_ceil(self.bits.size() / 8) } else { 0 };
+        table.saturating_add(self.unpublished.len() as u64)
+    }
+
+    /// Returns the first of `count` consecutive free clusters at or after `from`. From 0 it is what
+    /// [`Refcounts::allocate`] finds in an image that was just opened.
+    ///
+    /// # Errors
+    /// As [`Refcounts::allocate`].
+    pub(crate) fn first_free_run(&mut self, file: &ImageFile, from: u64, count: u64) -> Result<u64> {
+        self.find_free(file, from, count)
     }
 
     /// Returns the number of clusters that [`Refcounts::change`] freed since the last call.
@@ -339,17 +364,14 @@ impl Refcounts {
             return Ok(true);
         }
         let Some(offset) = self.table.get(number).copied().filter(|o| *o != 0) else { return Ok(false) };
-        if self.dry && self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
+        if self.dry && self.loaded + self.bits.bytes() > self.dry_limit {
             // Unchanged blocks can be read again; blocks that an estimate has changed cannot be written.
             self.blocks.iter_mut().for_each(|b| *b = b.take().filter(|b| b.is_dirty()));
             self.loaded = self.blocks.iter().flatten().count() * self.bits.bytes();
-            if self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
+            if self.loaded + self.bits.bytes() > self.dry_limit {
                 return Err(Error::new(
                     ErrorKind::LimitExceeded,
-                    format!(
-                        "more than {} MiB of refcounts would have to be looked at",
-                        MAX_ESTIMATE_BYTES >> 20
-                    ),
+                    format!("more than {} MiB of refcounts would have to be looked at", self.dry_limit >> 20),
                 )
                 .advise("delete fewer snapshots at once, or convert the image to larger clusters"));
             }

@@ -6,8 +6,6 @@
 
 use std::sync::OnceLock;
 
-use image_files::allocated_in;
-
 use super::bitmaps;
 use super::error::{Context, Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
@@ -60,17 +58,6 @@ pub struct Deleted {
     pub snapshots: usize,
     /// Bytes of the file that became free for new clusters.
     pub freed_bytes: u64,
-}
-
-/// Bytes of a file system block, the least that a write occupies.
-const FILE_BLOCK: u64 = 4096;
-
-/// Effect of a planned delete on the file.
-struct DeleteEffect {
-    /// Clusters that become free.
-    freed: Vec<std::ops::Range<u64>>,
-    /// Bytes that the new snapshot table will be written to.
-    table: std::ops::Range<u64>,
 }
 
 /// One L2 table that loses references: its L1 index, its offset, and their number.
@@ -145,7 +132,7 @@ impl Image {
     /// As [`Image::delete_snapshots`].
     pub fn could_delete(&mut self, names: &[&str]) -> Result<()> {
         let doomed = self.doomed(names).context("delete snapshots in", self.path())?;
-        self.rehearse("delete snapshots in", |image| image.rehearse_delete(&doomed).map(|_| ()))
+        self.rehearse("delete snapshots in", |image| image.rehearse_delete(&doomed))
     }
 
     /// Repairs the image after a failed operation, and returns the result. Either the operation was done
@@ -495,7 +482,7 @@ impl Image {
         if doomed.is_empty() {
             return Ok(Deleted::default());
         }
-        let check = |image: &mut Self| image.rehearse_delete(&doomed).map(|_| ());
+        let check = |image: &mut Self| image.rehearse_delete(&doomed);
         let done = self.checked("delete snapshots in", check, |image| image.delete_unguarded(&doomed, false));
         self.or_repaired(done, |image| image.without(&doomed))
     }
@@ -527,51 +514,20 @@ impl Image {
         gone.then_some(Deleted { snapshots: doomed.len(), freed_bytes: 0 })
     }
 
-    /// Estimates the bytes of the file system that deleting these snapshots frees, if freed clusters are
-    /// punched. Only reads.
-    ///
-    /// # Errors
-    /// As [`Image::delete_snapshots`].
-    pub fn freed_by_deleting(&self, names: &[&str]) -> Result<u64> {
-        let rehearsed = self
-            .doomed(names)
-            .and_then(|doomed| self.rehearse_delete(&doomed))
-            .context("estimate a delete in", self.path())?;
-        let Some(file) = self.file.file() else { return Ok(0) };
-        let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
-        let (bits, length) = (self.header.cluster_bits.bits(), self.file.len()?);
-        // A hole covers whole blocks; the last one of the file may be partial.
-        let whole_blocks = |run: &std::ops::Range<u64>| {
-            let (from, to) = (run.start << bits, run.end << bits);
-            let end =
-                if to >= length { to.next_multiple_of(FILE_BLOCK) } else { to / FILE_BLOCK * FILE_BLOCK };
-            from.next_multiple_of(FILE_BLOCK)..end
-        };
-        let freed: Vec<_> = rehearsed.freed.iter().map(whole_blocks).filter(|run| !run.is_empty()).collect();
-        let freed = allocated_in(file, &freed).map_err(fails).context("estimate a delete in", self.path())?;
-        // The new snapshot table is written first. It adds blocks where the file has none yet.
-        let table = rehearsed.table.start..rehearsed.table.end.next_multiple_of(FILE_BLOCK);
-        let had = allocated_in(file, std::slice::from_ref(&table)).map_err(fails)?;
-        Ok(freed.saturating_sub((table.end - table.start).saturating_sub(had)))
-    }
-
     /// Performs a delete in memory.
     ///
     /// # Errors
     /// The same as of the delete itself.
-    fn rehearse_delete(&self, doomed: &[Snapshot]) -> Result<DeleteEffect> {
+    fn rehearse_delete(&self, doomed: &[Snapshot]) -> Result<()> {
         let mut refcounts = Refcounts::load(&self.file, &self.header)?;
         refcounts.dry_run();
         let (left, _) = self.snapshot_table()?;
         let left: Vec<Snapshot> = left.iter().filter(|s| !doomed.contains(s)).cloned().collect();
         let table_bytes = snapshot_table::encode(&left)?.len() as u64;
-        let table = match self.header.cluster_bits.clusters_for(table_bytes) {
-            0 => 0..0,
-            clusters => {
-                let first = refcounts.allocate(&self.file, clusters)?.0 << self.header.cluster_bits.bits();
-                first..first + table_bytes
-            }
-        };
+        match self.header.cluster_bits.clusters_for(table_bytes) {
+            0 => {}
+            clusters => refcounts.allocate(&self.file, clusters).map(|_| ())?,
+        }
         let losses = self.losses(doomed)?;
         let geometry = self.geometry();
         remove_references(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
@@ -584,20 +540,10 @@ impl Image {
         for s in doomed {
             release(s.l1_offset, u64::from(s.l1_entries) * 8)?;
         }
-        release(self.header.snapshots_offset, self.snapshot_table()?.1 as u64)?;
-        let freed = refcounts.take_freed_runs(&self.file)?;
-        let mut widened: Vec<std::ops::Range<u64>> = Vec::with_capacity(freed.len());
-        for run in freed {
-            let run = refcounts.widened(&self.file, run)?;
-            match widened.last_mut() {
-                Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
-                _ => widened.push(run),
-            }
-        }
-        Ok(DeleteEffect { freed: widened, table })
+        release(self.header.snapshots_offset, self.snapshot_table()?.1 as u64)
     }
 
-    fn doomed(&self, names: &[&str]) -> Result<Vec<Snapshot>> {
+    pub(super) fn doomed(&self, names: &[&str]) -> Result<Vec<Snapshot>> {
         let mut doomed: Vec<Snapshot> = Vec::new();
         for name in names {
             let snapshot = self.require_snapshot(name)?;

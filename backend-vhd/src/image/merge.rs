@@ -47,6 +47,66 @@ pub fn visible_bytes(run: &mut Chain) -> Result<Vec<u64>> {
     Ok(bytes)
 }
 
+/// Bytes of a file system block.
+const FILE_BLOCK: u64 = 4096;
+
+/// Returns the bytes that a merge of the run into the layer `into` adds to its file on the file system.
+/// Sectors of a stored block are overwritten in place. A new block takes its bitmap, and as many blocks of
+/// the file system as sectors are written. Only reads.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a raw target; [`ErrorKind::Corrupt`]; the system's.
+pub fn merge_growth(run: &mut Chain, into: usize) -> Result<u64> {
+    let size = run.size();
+    let (mut at, mut more, mut new) = (0, 0u64, None);
+    // The last block of the file system that was counted, of a block that is not stored.
+    let mut counted = None;
+    while let Some(piece) = run.piece(at)? {
+        let mut from = piece.start;
+        let moved = piece.data.is_some_and(|(layer, _)| layer != into);
+        while moved && from < piece.end {
+            let target = run.vhd(into)?;
+            let (block, end) = (target.block_of(from), target.block_end(from).min(piece.end));
+            let end = if end > from { end } else { piece.end };
+            let stored = match target.header.as_ref().map(|header| header.block().bytes()) {
+                None => Some(HostOffset(from)),
+                Some(_) if from >= target.size() => None,
+                Some(bytes) => target.data_of(block)?.map(|data| HostOffset(data.0 + from % bytes)),
+            };
+            match stored {
+                Some(place) => more = more.saturating_add(missing(target, place.0..place.0 + (end - from))?),
+                None => {
+                    if new != Some(block) {
+                        more = more.saturating_add(FILE_BLOCK);
+                        (new, counted) = (Some(block), None);
+                    }
+                    let (first, last) = (from / FILE_BLOCK, end.div_ceil(FILE_BLOCK));
+                    let first = counted.map_or(first, |counted: u64| first.max(counted));
+                    more = more.saturating_add(last.saturating_sub(first).saturating_mul(FILE_BLOCK));
+                    counted = Some(last);
+                }
+            }
+            from = end;
+        }
+        at = piece.end;
+        if at >= size {
+            break;
+        }
+    }
+    // The footer behind the new blocks.
+    Ok(if new.is_some() { more.saturating_add(FILE_BLOCK) } else { more })
+}
+
+/// Bytes of a range of the file for which the file system has no room yet.
+fn missing(target: &Vhd, range: std::ops::Range<u64>) -> Result<u64> {
+    let range = range.start / FILE_BLOCK * FILE_BLOCK..range.end.next_multiple_of(FILE_BLOCK);
+    let length = range.end - range.start;
+    let Some(file) = target.file.file() else { return Ok(0) };
+    let has = image_files::allocated_in(file, std::slice::from_ref(&range))
+        .map_err(|error| Error::io("what the file takes on its file system cannot be read", error))?;
+    Ok(length.saturating_sub(has))
+}
+
 /// A part of a move: from a layer of the run to a place of the disk.
 struct Part {
     layer: usize,

@@ -69,7 +69,7 @@ pub use footer::{CREATOR, DiskType, Footer, FooterPlace};
 pub use header::{Header, ParentName};
 pub use locator::Locator;
 pub use materialise::{Materialised, materialise};
-pub use merge::{merge, visible_bytes};
+pub use merge::{merge, merge_growth, visible_bytes};
 pub use open::{OpenOptions, Vhd};
 pub use parent::{ChainOptions, DEFAULT_DEPTH, FoundBy, Parent, find_copies, find_parent};
 pub use space::Extent;

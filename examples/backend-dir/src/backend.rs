@@ -245,7 +245,8 @@ impl DiskSnapshotter for Copies {
     ) -> Result<DeleteCost> {
         let there = tags(record.disk.path())?;
         let frees = gone(&there, drop, keep).map(|(_, copied)| copied.blocks() * 512).sum();
-        Ok(DeleteCost::new(frees, 0))
+        // Copies share no blocks.
+        Ok(DeleteCost::new(frees, 0).exact())
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {

@@ -25,9 +25,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Directory;
 use qmp::Agent;
 use serde_json::{Value, json};
+use snapcore::backend::DeleteCost;
 use snapcore::hypervisor::{
-    CloneMachines, CloneNetwork, ClonedMachines, Control, MachinePlace, StartClone, StartedDomain,
-    StepOutcome,
+    CloneMachines, CloneNetwork, ClonedMachines, Control, MachinePlace, MemoryDirectory, StartClone,
+    StartedDomain, StepOutcome,
 };
 use snapcore::{DiskAddress, Error, ErrorKind, Result, shown_size};
 use tokio::time::sleep;
@@ -293,6 +294,18 @@ fn parts_of(image: &Path) -> [PathBuf; 2] {
         name.push(end);
         name.into()
     })
+}
+
+/// What the removal of an image frees, with the files into which it was taken apart. Their names go with it,
+/// and clones that have further names of them keep them.
+pub(super) fn freed_by_removing(image: &DiskAddress) -> snapcore::Result<Option<DeleteCost>> {
+    let Some(own) = MemoryDirectory::freed(image)? else { return Ok(None) };
+    let mut all = vec![own];
+    for part in parts_of(image.require_path()?.as_std_path()) {
+        let Ok(part) = Utf8PathBuf::from_path_buf(part) else { continue };
+        all.extend(MemoryDirectory::freed(&part.into())?);
+    }
+    Ok(Some(DeleteCost::sum(all)))
 }
 
 /// Removes what an image was taken apart into, complete or not. A QEMU that has it mapped goes on.

@@ -41,6 +41,7 @@ mod media;
 mod merge;
 mod preflight;
 mod reopen;
+mod room;
 mod scan;
 pub(crate) mod secrets;
 mod section;
@@ -63,7 +64,7 @@ use std::{
 use async_trait::async_trait;
 use camino::Utf8Path;
 use qmp::{Options, Qmp};
-use snapcore::backend::Progress;
+use snapcore::backend::{DeleteCost, Progress};
 use snapcore::hypervisor::{
     CloneMachines, ClonedMachines, Control, DomainInfo, HypervisorProfile, LiveDomain, StartClone,
     StartFromMemory, StepOutcome, VmStateSaver,
@@ -308,6 +309,10 @@ impl VmStateSaver for Qemu {
 
     fn tidy_at_rest(&self, domain: &Domain) {
         preflight::remove_left(domain.disks.iter().map(|record| record.disk.path().as_std_path()));
+    }
+
+    async fn memory_freed(&self, image: &DiskAddress) -> Result<Option<DeleteCost>> {
+        clones::freed_by_removing(image)
     }
 
     async fn remove_memory(&self, image: &DiskAddress) -> Result<()> {

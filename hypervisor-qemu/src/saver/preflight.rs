@@ -9,6 +9,7 @@
 //!    opens each file in an unused node, in the mode that it will need, and closes it again. An unused node
 //!    takes no lock and reads nothing. For a new overlay the check uses an empty file beside it with the
 //!    rights, the owner and the labels of the active image.
+//! 5. There must be room for the guest's memory, if it is saved.
 
 use std::{
     fs::{self, File},
@@ -25,7 +26,7 @@ use super::{
     disk::{Disk, identity},
     error::to_engine,
     live::QemuDomain,
-    media, served,
+    media, room, served,
 };
 use crate::{
     discover::Process,
@@ -66,6 +67,7 @@ pub(super) async fn check(live: &QemuDomain, plan: &Plan, chains: &[OpenChain], 
             media::check(&live.machine, media).await.map_err(untouched)?;
         }
     }
+    room::require(&live.machine, plan).await?;
     for opens in opens(plan) {
         probe_one(live, &opens, chains).await.map_err(untouched)?;
     }

@@ -9,6 +9,7 @@ mod cost;
 mod delete;
 mod merge;
 mod neighbours;
+mod room;
 mod take;
 
 use std::collections::HashSet;
@@ -20,8 +21,9 @@ use snapcore::{
 };
 
 pub use self::action::{ChainStep, CloneContent, Tag, room_of_overlay, uses};
-pub use self::cost::cost;
+pub use self::cost::{Growth, Measure, cost};
 pub use self::neighbours::{rebase, unless_tidying};
+pub use self::room::require_room;
 use crate::layer_name::{is_layer_name, layer_path};
 use crate::names;
 

@@ -10,6 +10,7 @@ use snapcore::{Error, ErrorKind, Holder, Result, shell_command};
 use crate::answer::Answer;
 use crate::args::{Describe, Expire, History, Hold, KeepForUndo, Moment, Release, Rename, Undo};
 use crate::commands::change::{dry_run, guest_now, names, remarks};
+use crate::commands::du::certain;
 use crate::commands::power;
 use crate::documents::{ChangeDoc, HistoryDoc, PreviousDoc, RevertDoc};
 use crate::failure::Failure;
@@ -161,7 +162,8 @@ pub fn holders(snapshot: &[snapcore::Hold]) -> String {
 /// Formats the state that the last revert of `domain` replaced.
 pub fn previous(domain: &str, document: &PreviousDoc, now: Timestamp) -> String {
     let ago = units::ago(document.replaced, now);
-    let space = document.frees.map_or_else(|| "size unknown".to_owned(), units::bytes);
+    let space = document.frees.map(|bytes| certain(bytes, document.certainty));
+    let space = space.unwrap_or_else(|| "size unknown".to_owned());
     let memory = if document.memory.is_some() { " with memory" } else { "" };
     let command = shell_command(["domsnap", "undo", domain]);
     format!("replaced {ago}{memory}, {space}: `{command}` brings it back\n")

@@ -5,6 +5,7 @@ mod clone;
 mod diff;
 mod disk;
 mod domain;
+mod du;
 mod export;
 mod generate;
 mod group;
@@ -53,6 +54,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Policy(policy) => policy::run(&open(global)?, policy),
         Command::List(list) => list::run(&open(global)?, &list),
         Command::Show(show) => show::run(&open(global)?, &show),
+        Command::Du(du) => du::run(&open(global)?, &du),
         Command::Domain(domain) => domain::run(&open(global)?, domain),
         Command::Import(import) => domain::import(&open(global)?, import),
         Command::Xl(xl) => xl::run(&open(global)?, xl),

@@ -1,13 +1,13 @@
 //! `domsnap show`
 
 use jiff::Timestamp;
-use snapcore::backend::DeleteCost;
 use snapcore::service::Details;
 use snapcore::{Consistency, MemoryPoint};
 
 use crate::answer::Answer;
 use crate::args::Show;
 use crate::commands::change::{kind_word, names};
+use crate::commands::du::{freed, reasons_of};
 use crate::commands::held::expiry;
 use crate::documents::{DeleteDoc, PointDoc, ShowDoc, SnapshotDoc};
 use crate::failure::Failure;
@@ -24,7 +24,7 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 fn document(details: Details) -> ShowDoc {
     let now = Timestamp::now();
     let Details { domain, snapshot, current, parent, children, members, machine, .. } = details;
-    let Details { memory_gone, outside, shared, .. } = details;
+    let Details { memory_gone, outside, shared, size, .. } = details;
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
@@ -57,6 +57,7 @@ fn document(details: Details) -> ShowDoc {
         memory_gone,
         outside,
         shared,
+        size,
         delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
     }
 }
@@ -132,19 +133,16 @@ fn reported(document: &ShowDoc) -> String {
     });
     text.push_str(&table(&["DISK", "KIND", ">DISK SIZE", ">FILE SIZE", "FILE"], rows));
     text.push('\n');
-    let memory = snapshot.memory.as_ref().map_or(0, |memory| memory.bytes);
-    let costs: Option<Vec<DeleteCost>> = document.delete.iter().map(|delete| delete.cost).collect();
-    text.push_str(&match costs {
-        Some(costs) => format!(
-            "deleting it would free {} and move {}\n",
-            units::bytes(costs.iter().map(|cost| cost.frees).fold(memory, u64::saturating_add)),
-            units::bytes(costs.iter().map(|cost| cost.moves).fold(0, u64::saturating_add))
-        ),
-        None => {
-            "the space that deleting it would free is unknown: a disk cannot be read; `domsnap check` says why\n"
-                .to_owned()
-        }
-    });
+    let size = &document.size;
+    text.push_str(&format!("deleting it would free {}", freed(&size.alone.total)));
+    if let (Some(referenced), Some(shared)) = (size.referenced, size.shared) {
+        let (referenced, shared) = (units::bytes(referenced), units::bytes(shared));
+        text.push_str(&format!("; it refers to {referenced}, and shares {shared} of that"));
+    }
+    text.push('\n');
+    for reason in reasons_of(&size.alone) {
+        text.push_str(&format!("  {reason}\n"));
+    }
     text
 }
 

@@ -4,7 +4,7 @@
 
 use backend_vhd::image::{
     Chain, ChainOptions, Finding, FoundBy, Layer, Materialised, Moving, OpenOptions, ParentName, Severity,
-    Vhd, find_copies, find_parent, materialise,
+    Vhd, find_copies, find_parent, materialise, visible_bytes,
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{DiskLoan, names};
@@ -238,6 +238,7 @@ pub fn copy(
         CopyFormat::Raw => Materialised::Raw,
         CopyFormat::VhdFixed => Materialised::Fixed { align },
     };
+    require_room(&mut chain, &to)?;
     let bytes = names::write_new(&to, &path, |into, passing| {
         engine(materialise(&mut chain, into, passing.as_std_path(), kind, &Moving::quietly()))
     })?;
@@ -245,6 +246,25 @@ pub fn copy(
     let document =
         DiskVhdDoc { operation: "materialise".to_owned(), image: path, findings: Vec::new(), done };
     Ok(session.changed(document, shown))
+}
+
+/// Refuses a copy of what a chain shows for which there is no room.
+fn require_room(chain: &mut Chain, to: &Utf8Path) -> Result<(), Failure> {
+    let needed = engine(visible_bytes(chain))?.into_iter().fold(0, u64::saturating_add);
+    let directory = to.parent().unwrap_or(Utf8Path::new("/"));
+    let Ok(about) = rustix::fs::statvfs(directory.as_std_path()) else { return Ok(()) };
+    let free = about.f_bavail.saturating_mul(about.f_frsize);
+    if about.f_blocks == 0 || needed <= free {
+        return Ok(());
+    }
+    let (needed, free) = (units::bytes(needed), units::bytes(free));
+    let error = Error::new(
+        ErrorKind::NoSpace,
+        format!("the copy has {needed} of data, and {directory} has {free} free"),
+    )
+    .state("no changes made")
+    .advise("free space there, or copy to another file system");
+    Err(Failure::of(error, false))
 }
 
 /// Maps an error of the image engine: a refusal if it has written nothing.

@@ -7,6 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Directory;
 
 use crate::address::DiskAddress;
+use crate::backend::DeleteCost;
 use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::SnapshotId;
@@ -100,14 +101,28 @@ impl MemoryDirectory {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for another address; [`ErrorKind::Io`].
     pub fn size(image: &DiskAddress) -> Result<Option<u64>> {
-        let file = image.require_path()?;
-        match file.symlink_metadata() {
-            Ok(about) => Ok(Some(about.len())),
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(cause) => {
-                Err(Error::new(ErrorKind::Io, format!("the memory image {file} cannot be looked at"))
-                    .because(cause))
-            }
+        Ok(looked_at(image.require_path()?)?.map(|about| about.len()))
+    }
+
+    /// What the removal of an image frees, if it is a file: its room on the file system, unless it has
+    /// further names, as in a clone. `None` if it does not exist.
+    ///
+    /// # Errors
+    /// As [`MemoryDirectory::size`].
+    pub fn freed(image: &DiskAddress) -> Result<Option<DeleteCost>> {
+        use std::os::unix::fs::MetadataExt;
+        let freed = |about: std::fs::Metadata| if about.nlink() > 1 { 0 } else { about.blocks() * 512 };
+        Ok(looked_at(image.require_path()?)?.map(|about| DeleteCost::new(freed(about), 0).exact()))
+    }
+}
+
+fn looked_at(file: &Utf8Path) -> Result<Option<std::fs::Metadata>> {
+    match file.symlink_metadata() {
+        Ok(about) => Ok(Some(about)),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => {
+            Err(Error::new(ErrorKind::Io, format!("the memory image {file} cannot be looked at"))
+                .because(cause))
         }
     }
 }

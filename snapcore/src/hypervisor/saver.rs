@@ -12,7 +12,7 @@ use super::live::{LiveDomain, OpenChain};
 use super::memory::{MemoryDirectory, MemoryStore};
 use super::step::{PowerAfter, StepOutcome};
 use crate::address::{DiskAddress, DiskIdentity};
-use crate::backend::Progress;
+use crate::backend::{DeleteCost, Progress};
 use crate::domain::{Domain, Hypervisor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Target;
@@ -465,6 +465,20 @@ pub trait VmStateSaver: Send + Sync {
     /// needs the image is then refused.
     async fn memory_size(&self, image: &DiskAddress) -> Result<Option<u64>> {
         MemoryDirectory::size(image)
+    }
+
+    /// What [`VmStateSaver::remove_memory`] of an image frees; `None` if it does not exist. Changes nothing.
+    ///
+    /// By default an image is one file ([`MemoryDirectory::freed`]). Of an image elsewhere, the size is an
+    /// estimate of it.
+    ///
+    /// # Errors
+    /// As [`VmStateSaver::memory_size`].
+    async fn memory_freed(&self, image: &DiskAddress) -> Result<Option<DeleteCost>> {
+        match image.local() {
+            Some(_) => MemoryDirectory::freed(image),
+            None => Ok(self.memory_size(image).await?.map(|bytes| DeleteCost::new(bytes, 0))),
+        }
     }
 
     /// Reads a memory image and compares it with its checksums, before it is loaded. A copy that must be

@@ -10,7 +10,7 @@ use super::rooms::{Rooms, to_the_end};
 use super::{
     Belonging, ComparedDisk, Details, DiffReport, DiffRequest, DiskReport, DomainRef, DomainSpec,
     DomainSummary, GroupOutcome, ImportOptions, ImportReport, Listing, OpenSnapshot, Outcome, PastOperation,
-    PolicyChange, RecoveryReport, Removal, Scanned, images, importer,
+    PolicyChange, RecoveryReport, Removal, Scanned, SizeReport, images, importer,
 };
 use crate::address::DiskAddress;
 use crate::backend::Finding;
@@ -537,6 +537,16 @@ impl Domsnap {
     /// [`ErrorKind::NotFound`] where there is none of this name; the errors of [`Domsnap::resolve`].
     pub async fn show(&self, domain: &DomainRef, name: &SnapshotName) -> Result<Details> {
         self.rooms.viewer.show(domain, name).await
+    }
+
+    /// The space that snapshots take, and what a delete of exactly these frees; of all, if none is named.
+    /// Reads the images.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none of a name; the errors of [`Domsnap::resolve`]. A disk that
+    /// cannot be read is no error: its sizes are unknown, with the reason.
+    pub async fn sizes(&self, domain: &DomainRef, names: &[SnapshotName]) -> Result<SizeReport> {
+        self.rooms.viewer.sizes(domain, names).await
     }
 
     /// The domain that has the file `image` as a layer: from the catalogue, or else from manifests beside it.

@@ -11,7 +11,7 @@
 //! | `planning` | plans, runs tests, finds users of files | records, backends and hypervisors, authority |
 //! | `operator` | locks, recovers, runs plans | locator, planning, authority, and the ledger |
 //! | `registrar` | registers, imports, removes domains | locator, importer, authority, locks, the ledger |
-//! | `viewer` | lists, shows and checks | records, backends, locator, authority |
+//! | `viewer` | lists, shows, measures and checks | records, backends, locator, authority, planning |
 //!
 //! A room knows those above it in this table and none below. `records` is the catalogue for reading. `ledger`
 //! is the catalogue for leases and commits, and only the operator and the registrar have it. So no other room
@@ -50,7 +50,8 @@ pub use report::{
     StartedClone, Unfinished,
 };
 pub use viewer::{
-    Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot,
+    Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, DiskSize, OpenDisk, OpenSnapshot,
+    SetSize, SizeReport, SnapshotSize,
 };
 
 /// The future of a room's main entrance, compiled here. The body of a plain `async fn` is compiled in each

@@ -5,13 +5,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::address::DiskAddress;
-use crate::backend::DeleteCost;
+use crate::backend::{Certainty, DeleteCost};
 use crate::domain::{DiskRecord, Domain};
 use crate::group::GroupId;
 use crate::hypervisor::{GuestChange, StartedDomain};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::operation::{OperationId, OperationState};
 use crate::policy::Policy;
+use crate::service::viewer::SnapshotSize;
 use crate::shape::subject;
 use crate::snapshot::{Point, PointKind, Snapshot, SnapshotTree};
 use crate::state::{DiskState, Layer};
@@ -181,8 +182,11 @@ pub struct PastOperation {
 pub struct PreviousState {
     /// Its record. `created` is the time of the revert.
     pub snapshot: Snapshot,
-    /// Bytes on the disk that are freed when it is given up; absent where a disk cannot be read.
+    /// Bytes on the disk that are freed when it is given up; absent where they are not known.
     pub frees: Option<u64>,
+    /// Meaning of that number.
+    #[serde(default)]
+    pub certainty: Certainty,
 }
 
 /// A domain and its snapshots.
@@ -255,6 +259,8 @@ pub struct Details {
     /// ...
     #[serde(default)]
     pub shared: Vec<String>,
+    /// The space that it takes.
+    pub size: SnapshotSize,
 }
 
 /// A snapshot's content of one disk.

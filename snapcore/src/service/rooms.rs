@@ -47,7 +47,13 @@ impl Rooms {
         let watcher = Watcher::new(registry.clone());
         let ledger = Ledger::new(catalogue, neighbours.clone());
         let locks = Locks::new(records.clone(), ledger.clone(), locator.clone(), authority.clone());
-        let viewer = Viewer::new(records.clone(), registry.clone(), locator.clone(), authority.clone());
+        let viewer = Viewer {
+            records: records.clone(),
+            registry: registry.clone(),
+            locator: locator.clone(),
+            authority: authority.clone(),
+            planning: planning.clone(),
+        };
         let operator = Operator {
             records: records.clone(),
             ledger: ledger.clone(),

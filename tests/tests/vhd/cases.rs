@@ -70,6 +70,49 @@ fn merge_writes_the_smaller_side() -> Result<()> {
     Ok(())
 }
 
+/// What `du` says that a delete frees is what the file system gets back, whichever layers are merged.
+#[test]
+fn deletes_free_what_du_says() -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new()?;
+    let image = place.vhd_of("disk.vhd", 32 << 20)?;
+    let disk = place.disk("disk.vhd");
+    let mut dice = Dice::new(18);
+    for number in 0..5 {
+        for _ in 0..4 {
+            // Parts of the system's blocks too.
+            let (at, length) = (dice.below(60_000) * 512, (1 + dice.below(400)) * 512);
+            write(&image, at, &vec![1 + dice.below(250) as u8; length as usize])?;
+        }
+        place.done(&["create", &disk, &format!("s{number}")])?;
+    }
+    write(&image, 3 << 20, &vec![7; 1 << 20])?;
+    let room = || -> Result<i64> {
+        let mut all = std::collections::BTreeMap::new();
+        for (name, _) in place.images()? {
+            let file = std::fs::File::open(place.file(&name))?;
+            file.sync_all()?;
+            let about = file.metadata()?;
+            all.insert(about.ino(), about.blocks() as i64 * 512);
+        }
+        Ok(all.values().sum())
+    };
+    for set in [&["s2"][..], &["s0", "s3"], &["s1", "s4"]] {
+        let args: Vec<&str> = ["du", &disk].iter().chain(set).chain(&["--json"]).copied().collect();
+        let said: serde_json::Value = place.done(&args)?.json()?;
+        let total = &said["together"]["total"];
+        let frees = total["frees"].as_i64().context("freed bytes")?;
+        let before = room()?;
+        let args: Vec<&str> = ["delete", &disk].iter().chain(set).copied().collect();
+        place.done(&args)?;
+        let freed = before - room()?;
+        // The file system has blocks of its own in a file of many pieces.
+        ensure!((frees - freed).abs() <= 3 * 4096, "{set:?}: said {frees}, freed {freed}: {total}");
+        ensure!(total["certainty"] == "exact", "{set:?}: {total}");
+    }
+    Ok(())
+}
+
 /// Sixty-four blocks that are merged into a sparse parent of 2040 GiB change some pages of its table, and not
 /// the table (VHD.md 7: vhd-util writes 406 MB).
 #[test]

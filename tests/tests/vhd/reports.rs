@@ -167,8 +167,9 @@ fn zeros_hide_an_ancestors_data() -> Result<()> {
     Ok(())
 }
 
-/// A merge that finds no room leaves both images as they were, with their footers, says how much is missing,
-/// and succeeds once there is room (sm 102).
+/// A merge for which there is no room is refused with the numbers, and changes nothing. Where it is made all
+/// the same (--force), it leaves both images as they were, with their footers, says how much is missing, and
+/// succeeds once there is room (sm 102).
 #[test]
 fn merge_without_room_changes_nothing() -> Result<()> {
     if !may_mount("tmpfs") {
@@ -187,7 +188,9 @@ fn merge_without_room_changes_nothing() -> Result<()> {
     let mut file = std::fs::File::create(&filler)?;
     while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
     drop(file);
-    let outcome = place.domsnap().run(&["delete", &disk, "one"])?;
+    let said = place.refused(&["delete", &disk, "one"])?;
+    ensure!(said.contains("a merge adds ") && said.contains(" 0 B free"), "{said}");
+    let outcome = place.domsnap().run(&["delete", &disk, "one", "--force"])?;
     let said = format!("{}{}", outcome.stdout, outcome.stderr);
     ensure!(!outcome.panicked() && said.contains("No space left"), "{outcome}");
     ensure!(outcome.status != Some(status::DONE) || said.contains("deferred"), "{outcome}");

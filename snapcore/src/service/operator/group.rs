@@ -23,7 +23,7 @@ use crate::request::{CreateRequest, DeleteScope, KeepPrevious, Request};
 use crate::service::images::identity_of;
 use crate::service::locator::Live;
 use crate::service::planning::Watched;
-use crate::service::{DomainRef, GroupOutcome, RecoveryReport};
+use crate::service::{BoxFuture, DomainRef, GroupOutcome, RecoveryReport};
 use crate::shape::{FinishUnit, HypervisorStep, Plan};
 use crate::snapshot::SnapshotTree;
 
@@ -51,72 +51,78 @@ struct Prepared {
 
 impl Operator {
     /// Carries `request` out on all domains that `references` name, or on none.
-    pub(in crate::service) async fn change_group(
+    pub(in crate::service) fn change_group(
         &self,
         references: Vec<DomainRef>,
         request: Request,
         cancel: CancellationToken,
-    ) -> Result<GroupOutcome> {
-        refuse_options(&request)?;
-        let mut members = Vec::new();
-        for reference in self.in_order(references).await? {
-            let locked = self.locks.lock(&reference, &cancel).await?;
-            members.push(Member { locked, live: None, recovered: Vec::new() });
-        }
-        for member in &mut members {
-            self.recover_member(member, &cancel).await?;
-        }
-        let all: Vec<(&Entry, Option<&Live>)> =
-            members.iter().map(|member| (member.entry(), member.live.as_ref())).collect();
-        let (group, requests) = self.requests(&all, &request).await?;
-        let mut prepared = Vec::new();
-        for (member, request) in members.iter_mut().zip(requests) {
-            prepared.push(self.prepare_member(member, request).await?);
-        }
-        let operations: Vec<GroupMember> = members
-            .iter()
-            .map(|member| GroupMember::new(member.entry().domain.name.clone(), OperationId::fresh()))
-            .collect();
-        let (decider, others) = operations.split_first().ok_or_else(without_members)?;
-        if let Some(first) = prepared.first_mut() {
-            first.plan.finish.push(commit_step(others));
-        }
-        // Order of durability: see `Operator::run`. What enters the catalogue here is true of each domain
-        // alone, whatever becomes of the group.
-        for (member, prepared) in members.iter_mut().zip(&mut prepared) {
-            prepared.prologue = self.record(&mut member.locked, &prepared.request).await?;
-        }
-        self.ledger.record_neighbours().await;
-        let stop = cancel.child_token();
-        let run =
-            GroupRun::new(OperationGroup::new(group, decider.clone()), operations.clone(), stop.clone());
-        let works = members.iter_mut().zip(&mut prepared).enumerate().map(|(index, (member, prepared))| {
-            let (seat, stop) = (run.seat(index), &stop);
-            let prologue = std::mem::take(&mut prepared.prologue);
-            let Member { locked, live, .. } = member;
-            let Prepared { plan, watched, .. } = prepared;
-            async move {
-                let (live, watched) = (live.as_ref(), Some(&*watched));
-                let done = self.run_seated(locked, live, watched, plan, prologue, Some(seat), stop).await;
-                seat.end();
-                done
+    ) -> BoxFuture<'_, Result<GroupOutcome>> {
+        Box::pin(async move {
+            refuse_options(&request)?;
+            let mut members = Vec::new();
+            for reference in self.in_order(references).await? {
+                let locked = self.locks.lock(&reference, &cancel).await?;
+                members.push(Member { locked, live: None, recovered: Vec::new() });
             }
-        });
-        let runs = side_by_side(works.collect()).await;
-        let runs = all_or_error(runs, run.failed())?;
-        let mut outcomes = Vec::new();
-        for ((member, Prepared { plan, _held, .. }), mut run) in members.iter_mut().zip(prepared).zip(runs) {
-            self.follow_moved_disk(&mut member.locked, &mut run.warnings).await;
-            drop(_held);
-            let entry = member.entry();
-            let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
-            let mut outcome = outcome_of(entry, saver.as_deref(), plan, run);
-            self.remove_due(&mut member.locked, &mut outcome, &cancel).await;
-            outcome.notes.splice(0..0, std::mem::take(&mut member.locked.located.notes));
-            outcome.recovered = std::mem::take(&mut member.recovered);
-            outcomes.push(outcome);
-        }
-        Ok(GroupOutcome { group, outcomes })
+            for member in &mut members {
+                self.recover_member(member, &cancel).await?;
+            }
+            let all: Vec<(&Entry, Option<&Live>)> =
+                members.iter().map(|member| (member.entry(), member.live.as_ref())).collect();
+            let (group, requests) = self.requests(&all, &request).await?;
+            let mut prepared = Vec::new();
+            for (member, request) in members.iter_mut().zip(requests) {
+                prepared.push(self.prepare_member(member, request).await?);
+            }
+            let operations: Vec<GroupMember> = members
+                .iter()
+                .map(|member| GroupMember::new(member.entry().domain.name.clone(), OperationId::fresh()))
+                .collect();
+            let (decider, others) = operations.split_first().ok_or_else(without_members)?;
+            if let Some(first) = prepared.first_mut() {
+                first.plan.finish.push(commit_step(others));
+            }
+            // Order of durability: see `Operator::run`. What enters the catalogue here is true of each domain
+            // alone, whatever becomes of the group.
+            for (member, prepared) in members.iter_mut().zip(&mut prepared) {
+                prepared.prologue = self.record(&mut member.locked, &prepared.request).await?;
+            }
+            self.ledger.record_neighbours().await;
+            let stop = cancel.child_token();
+            let run =
+                GroupRun::new(OperationGroup::new(group, decider.clone()), operations.clone(), stop.clone());
+            let works =
+                members.iter_mut().zip(&mut prepared).enumerate().map(|(index, (member, prepared))| {
+                    let (seat, stop) = (run.seat(index), &stop);
+                    let prologue = std::mem::take(&mut prepared.prologue);
+                    let Member { locked, live, .. } = member;
+                    let Prepared { plan, watched, .. } = prepared;
+                    async move {
+                        let (live, watched) = (live.as_ref(), Some(&*watched));
+                        let done =
+                            self.run_seated(locked, live, watched, plan, prologue, Some(seat), stop).await;
+                        seat.end();
+                        done
+                    }
+                });
+            let runs = side_by_side(works.collect()).await;
+            let runs = all_or_error(runs, run.failed())?;
+            let mut outcomes = Vec::new();
+            for ((member, Prepared { plan, _held, .. }), mut run) in
+                members.iter_mut().zip(prepared).zip(runs)
+            {
+                self.follow_moved_disk(&mut member.locked, &mut run.warnings).await;
+                drop(_held);
+                let entry = member.entry();
+                let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+                let mut outcome = outcome_of(entry, saver.as_deref(), plan, run);
+                self.remove_due(&mut member.locked, &mut outcome, &cancel).await;
+                outcome.notes.splice(0..0, std::mem::take(&mut member.locked.located.notes));
+                outcome.recovered = std::mem::take(&mut member.recovered);
+                outcomes.push(outcome);
+            }
+            Ok(GroupOutcome { group, outcomes })
+        })
     }
 
     /// Plans a request on a group without carrying it out: the plan of each domain, in the order of names.

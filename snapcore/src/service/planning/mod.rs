@@ -11,13 +11,15 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::BoxFuture;
 use super::authority::Authority;
 use super::locator::Live;
 use super::neighbours::Neighbours;
 use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Target;
 use crate::plan::DiskInput;
 use crate::policy::PolicyReview;
 use crate::registry::Registry;
@@ -54,35 +56,37 @@ impl Planning {
     }
 
     /// The plan for `request` on the domain as it is on the machine.
-    pub(super) async fn plan_for(
-        &self,
-        entry: &Entry,
-        live: Option<&Live>,
-        request: &Request,
-    ) -> Result<Plan> {
-        let depth = match request {
-            Request::Create(_) => InspectDepth::Active,
-            Request::Clone(_) => InspectDepth::Layers,
-            Request::Revert(_) | Request::Delete(_) | Request::Tidy | Request::Undo(_) => {
-                InspectDepth::Dependents
+    pub(super) fn plan_for<'a>(
+        &'a self,
+        entry: &'a Entry,
+        live: Option<&'a Live>,
+        request: &'a Request,
+    ) -> BoxFuture<'a, Result<Plan>> {
+        Box::pin(async move {
+            let depth = match request {
+                Request::Create(_) => InspectDepth::Active,
+                Request::Clone(_) => InspectDepth::Layers,
+                Request::Revert(_) | Request::Delete(_) | Request::Tidy | Request::Undo(_) => {
+                    InspectDepth::Dependents
+                }
+                Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
+                    return crate::plan::records_only(&entry.domain, &entry.tree, request, Timestamp::now());
+                }
+            };
+            let (disks, without) = self.disks_for(entry, live, request, depth).await?;
+            let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
+            let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
+            let saver = saver.as_deref();
+            let mut plan =
+                crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), saver, request).await?;
+            plan.notes.extend(without);
+            if let Some(live) = live {
+                live.preflight(&plan, &[], false).await?;
             }
-            Request::Hold(_) | Request::Release(_) | Request::Amend(_) => {
-                return crate::plan::records_only(&entry.domain, &entry.tree, request, Timestamp::now());
-            }
-        };
-        let (disks, without) = self.disks_for(entry, live, request, depth).await?;
-        let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
-        let saver = self.registry.hypervisor(&entry.domain.hypervisor).ok();
-        let saver = saver.as_deref();
-        let mut plan =
-            crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), saver, request).await?;
-        plan.notes.extend(without);
-        if let Some(live) = live {
-            live.preflight(&plan, &[], false).await?;
-        }
-        let notes = notes::notes_on(&self.registry, entry, live, request, &plan);
-        plan.notes.extend(notes);
-        Ok(plan)
+            let notes = notes::notes_on(&self.registry, entry, live, request, &plan);
+            plan.notes.extend(notes);
+            Ok(plan)
+        })
     }
 
     /// What a run of the domain's policy would do at the time `now`; with `planned`, after it has taken a
@@ -120,28 +124,69 @@ impl Planning {
                     continue;
                 }
             };
-            let backend = self.registry.serving(&record.disk)?;
-            let mut state = backend
-                .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
-                .await
-                .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
-            if let Some(live) = live {
-                state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
-                let attached = live.disk(&record.disk.target);
-                state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
-                if state.attached && !state.served && !matches!(request, Request::Tidy) {
-                    let mut seen = live.seen().disks.iter();
-                    if let Some(seen) = seen.find(|disk| disk.member.as_ref() == Some(&record.disk.target)) {
-                        backend.require_shown(&record.disk.address, seen).await?;
-                    }
-                }
-            }
-            disks.push(DiskInput { record: record.clone(), state, backend });
+            let check = !matches!(request, Request::Tidy);
+            disks.push(self.read_disk(record, live, depth, at_rest, check).await?);
         }
         if depth == InspectDepth::Dependents {
             self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
         Ok((disks, without))
+    }
+
+    /// Reads a disk as it is on the machine. With `check`, it must be open there as its backend reads it.
+    async fn read_disk(
+        &self,
+        record: &DiskRecord,
+        live: Option<&Live>,
+        depth: InspectDepth,
+        at_rest: bool,
+        check: bool,
+    ) -> Result<DiskInput> {
+        let backend = self.registry.serving(&record.disk)?;
+        let mut state = backend
+            .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
+            .await
+            .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
+        if let Some(live) = live {
+            state.attached = !at_rest && live::is_attached(live, &*backend, record).await?;
+            let attached = live.disk(&record.disk.target);
+            state.served = state.attached && attached.is_some_and(|disk| disk.is_served());
+            if state.attached && !state.served && check {
+                let mut seen = live.seen().disks.iter();
+                if let Some(seen) = seen.find(|disk| disk.member.as_ref() == Some(&record.disk.target)) {
+                    backend.require_shown(&record.disk.address, seen).await?;
+                }
+            }
+        }
+        Ok(DiskInput { record: record.clone(), state, backend })
+    }
+
+    /// Reads every disk as a delete would find it, each by itself: one that cannot be read keeps no other
+    /// from being looked at.
+    pub(super) async fn read_each(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+    ) -> Vec<(Target, Result<DiskInput>)> {
+        let mut all = Vec::new();
+        for record in &entry.domain.disks {
+            let at_rest = live.is_some_and(|live| live.disk(&record.disk.target).is_none());
+            let read = self.read_disk(record, live, InspectDepth::Dependents, at_rest, false).await;
+            let read = match read {
+                Ok(disk) => {
+                    let mut disks = vec![disk];
+                    let added = self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await;
+                    added.and_then(|()| {
+                        disks
+                            .pop()
+                            .ok_or_else(|| Error::new(ErrorKind::Internal, "a disk that was read is gone"))
+                    })
+                }
+                Err(error) => Err(error),
+            };
+            all.push((record.disk.target.clone(), read));
+        }
+        all
     }
 
     /// Returns the part of a disk in what `request` does.

@@ -30,6 +30,7 @@ use crate::backend::{AdviceOn, FileUses};
 use crate::domain::{DiskRecord, Domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::Item;
+use crate::service::BoxFuture;
 use crate::service::authority::Manifests;
 use crate::service::images::file_id;
 use crate::service::locator::Live;
@@ -61,59 +62,66 @@ impl Planning {
     /// # Errors
     /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with the obstacle.
     /// Nothing was changed.
-    pub(in crate::service) async fn preflight(
-        &self,
-        domain: &Domain,
-        manifests: &Manifests,
-        live: Option<&Live>,
-        plan: &Plan,
+    pub(in crate::service) fn preflight<'a>(
+        &'a self,
+        domain: &'a Domain,
+        manifests: &'a Manifests,
+        live: Option<&'a Live>,
+        plan: &'a Plan,
         dry: bool,
-    ) -> Result<()> {
-        let mut works = Works::default();
-        for record in &domain.disks {
-            let mut open = HashSet::new();
-            if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
-                open = attached.open_files().await?;
-            }
-            let backend = self.registry.serving(&record.disk)?;
-            let mut uses = FileUses::default();
-            for step in plan.steps_of(&record.disk.target) {
-                uses.extend(backend.uses(record, step));
-            }
-            let without_files = || backend.advice(record, AdviceOn::NewFiles);
-            names_fit(record, &uses, &without_files)?;
-            for file in &uses.writes {
-                if file_id(file).is_some_and(|id| !open.contains(&id)) {
-                    is_writable(record, file)?;
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let mut works = Works::default();
+            for record in &domain.disks {
+                let mut open = HashSet::new();
+                if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
+                    open = attached.open_files().await?;
                 }
-            }
-            for file in &uses.renames {
-                can_be_renamed(record, file)?;
-            }
-            for file in uses.renames.iter().chain(&uses.links) {
-                can_get_names(record, file, &without_files)?;
-            }
-            for directory in uses.makes.iter().chain(&uses.renames).filter_map(|file| file.parent()) {
-                if let Some((name, letter)) = flag_of(directory) {
-                    return Err(flagged(record.disk.target.as_str(), directory, name, letter));
+                let backend = self.registry.serving(&record.disk)?;
+                let mut uses = FileUses::default();
+                for step in plan.steps_of(&record.disk.target) {
+                    let of_step = backend.uses(record, step);
+                    // The copies of all disks of all clones together.
+                    if plan.operation == "clone" {
+                        works.add_copy(&of_step, step.bytes);
+                    }
+                    uses.extend(of_step);
                 }
+                let without_files = || backend.advice(record, AdviceOn::NewFiles);
+                names_fit(record, &uses, &without_files)?;
+                for file in &uses.writes {
+                    if file_id(file).is_some_and(|id| !open.contains(&id)) {
+                        is_writable(record, file)?;
+                    }
+                }
+                for file in &uses.renames {
+                    can_be_renamed(record, file)?;
+                }
+                for file in uses.renames.iter().chain(&uses.links) {
+                    can_get_names(record, file, &without_files)?;
+                }
+                for directory in uses.makes.iter().chain(&uses.renames).filter_map(|file| file.parent()) {
+                    if let Some((name, letter)) = flag_of(directory) {
+                        return Err(flagged(record.disk.target.as_str(), directory, name, letter));
+                    }
+                }
+                works.add(record, &uses);
             }
-            works.add(record, &uses);
-        }
-        manifests_can_go(manifests, plan)?;
-        self.refuse_unread_memory(plan, domain).await?;
-        let memory = self.memory_made_by(plan, domain)?;
-        if let Some(memory) = &memory {
-            memory.preflight().await?;
-        }
-        works.memory = memory.and_then(|memory| memory.directory().map(Utf8Path::to_owned));
-        works.manifests = manifests.directory().map(Utf8Path::to_owned);
-        let (room, plan, records) = (manifests_room(domain, plan), plan.clone(), domain.disks.clone());
-        tokio::task::spawn_blocking(move || works.check(&plan, &records, room, dry)).await.map_err(
-            |cause| {
-                Error::new(ErrorKind::Internal, "trying what an operation needs broke off").because(cause)
-            },
-        )?
+            manifests_can_go(manifests, plan)?;
+            self.refuse_unread_memory(plan, domain).await?;
+            let memory = self.memory_made_by(plan, domain)?;
+            if let Some(memory) = &memory {
+                memory.preflight().await?;
+            }
+            works.memory = memory.and_then(|memory| memory.directory().map(Utf8Path::to_owned));
+            works.manifests = manifests.directory().map(Utf8Path::to_owned);
+            let (room, plan, records) = (manifests_room(domain, plan), plan.clone(), domain.disks.clone());
+            tokio::task::spawn_blocking(move || works.check(&plan, &records, room, dry)).await.map_err(
+                |cause| {
+                    Error::new(ErrorKind::Internal, "trying what an operation needs broke off").because(cause)
+                },
+            )?
+        })
     }
 }
 
@@ -174,6 +182,14 @@ impl Works {
         }
         if let Some((_, bytes, _)) = own.and_then(|own| self.images.get_mut(own)) {
             *bytes = bytes.saturating_add(uses.room);
+        }
+    }
+
+    /// Adds the room of a file that a step makes in a directory of its own, which does not exist yet.
+    fn add_copy(&mut self, uses: &FileUses, bytes: u64) {
+        if let Some(above) = uses.makes.first().and_then(|made| made.parent()).filter(|_| bytes > 0) {
+            let (_, all, _) = self.images.entry(above.to_owned()).or_default();
+            *all = all.saturating_add(bytes);
         }
     }
 
@@ -270,9 +286,10 @@ fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
             format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
         return Err(Error::new(ErrorKind::NoSpace, message).state("no changes made").advise(MAKE_ROOM));
     }
-    match about.f_blocks == 0 || blocks.saturating_mul(about.f_frsize) >= bytes {
+    let free = blocks.saturating_mul(about.f_frsize);
+    match about.f_blocks == 0 || free >= bytes {
         true => Ok(()),
-        false => Err(no_room(directory, bytes)),
+        false => Err(no_room(directory, bytes, Some(free))),
     }
 }
 

@@ -38,11 +38,13 @@ pub(super) const MAKE_ROOM: &str =
     "free space there, have the quota raised, or delete snapshots (which needs no room), and try again";
 
 /// The error for a file system without the least space that is needed.
-pub(super) fn no_room(directory: &Utf8Path, bytes: u64) -> Error {
+pub(super) fn no_room(directory: &Utf8Path, bytes: u64, free: Option<u64>) -> Error {
+    let free = free.map_or_else(String::new, |free| format!(": {} are free", shown_size(free)));
     Error::new(
         ErrorKind::NoSpace,
         format!(
-            "the file system of {directory} has no room for {}, which new files, metadata and manifests need at least",
+            "the file system of {directory} has no room for {}, which new files, metadata and manifests need at \
+             least{free}",
             shown_size(bytes)
         ),
     )
@@ -143,7 +145,7 @@ impl Probe {
         drop(file);
         // Any other error means that the file system does not support the call.
         if matches!(room, Err(Errno::NOSPC | Errno::DQUOT)) {
-            return Err(no_room(&self.directory, bytes));
+            return Err(no_room(&self.directory, bytes, None));
         }
         moved.map_err(|error| self.failure(&error, "lets no file be renamed"))?;
         linked.map_err(|error| self.no_links(&error))?;

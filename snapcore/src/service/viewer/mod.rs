@@ -3,48 +3,41 @@
 mod belonging;
 mod check;
 mod reading;
+mod sizes;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::authority::Authority;
 use super::locator::{Located, Locator, attached};
-use super::planning::{outside, shared};
+use super::planning::{Planning, outside, shared};
 use super::records::Records;
 use super::{Details, DiskReport, DomainRef, Listing, Member, PastOperation, PreviousState, Unfinished};
-use crate::backend::InspectDepth;
+use crate::backend::{Certainty, DeleteCost, InspectDepth};
 use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
 use crate::error::Result;
-use crate::name::{LayerName, SnapshotName};
+use crate::name::{LayerName, SnapshotName, Target};
 use crate::operation::Operation;
+use crate::plan::DiskInput;
 use crate::registry::Registry;
 use crate::snapshot::{Snapshot, SnapshotRole, SnapshotTree};
 use crate::state::DiskState;
 
 pub use belonging::Belonging;
 pub use reading::{ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot};
+pub use sizes::{DiskSize, SetSize, SizeReport, SnapshotSize};
 
 /// Shows domains as they are.
 #[derive(Clone)]
 pub(super) struct Viewer {
-    records: Records,
-    registry: Arc<Registry>,
-    locator: Locator,
-    authority: Authority,
+    pub(super) records: Records,
+    pub(super) registry: Arc<Registry>,
+    pub(super) locator: Locator,
+    pub(super) authority: Authority,
+    pub(super) planning: Planning,
 }
 
 impl Viewer {
-    /// The viewer of a catalogue's domains.
-    pub(super) fn new(
-        records: Records,
-        registry: Arc<Registry>,
-        locator: Locator,
-        authority: Authority,
-    ) -> Self {
-        Self { records, registry, locator, authority }
-    }
-
     async fn unfinished_of(&self, entry: &Entry) -> Result<Vec<Unfinished>> {
         let unfinished = self.records.unfinished(&entry.domain.name).await?;
         Ok(unfinished.into_iter().map(shown).collect())
@@ -63,12 +56,10 @@ impl Viewer {
 
     /// The state that the last revert replaced, with the space that it takes.
     async fn previous(&self, entry: &Entry, previous: &Snapshot) -> PreviousState {
-        let members = self.members(entry, previous).await.unwrap_or_default();
-        let costs: Option<Vec<u64>> =
-            members.iter().map(|member| member.delete.map(|cost| cost.frees)).collect();
-        let memory = previous.memory.as_ref().map_or(0, |memory| memory.bytes);
-        let frees = costs.map(|costs| costs.into_iter().fold(memory, u64::saturating_add));
-        PreviousState { snapshot: previous.clone(), frees }
+        let disks = self.read_disks(entry).await;
+        let DeleteCost { frees, certainty, .. } = self.set_size(entry, &disks, &[previous]).await.total;
+        let frees = (certainty != Certainty::Unknown).then_some(frees);
+        PreviousState { snapshot: previous.clone(), frees, certainty }
     }
 
     /// The last operations of a domain, oldest first.
@@ -98,7 +89,9 @@ impl Viewer {
         let snapshot =
             tree.named(name).map_err(|error| error.context(format!("domain {}", entry.domain.name)))?.clone();
         let name_of = |id| tree.get(id).map(|snapshot| snapshot.name.clone());
-        let members = self.members(&entry, &snapshot).await?;
+        let disks = self.read_disks(&entry).await;
+        let size = self.size_of(&entry, &disks, &snapshot).await;
+        let members = self.members(&entry, &snapshot, &disks, &size.alone)?;
         let machine = snapshot.machine.as_deref().and_then(|id| entry.domain.machine(id));
         let record = machine.map(|machine| &machine.record);
         let memory_gone = match &snapshot.memory {
@@ -125,27 +118,27 @@ impl Viewer {
             domain: entry.domain.name.clone(),
             snapshot,
             members,
+            size,
         })
     }
 
     /// The disks of a snapshot, as far as the domain still has them.
-    async fn members(&self, entry: &Entry, snapshot: &Snapshot) -> Result<Vec<Member>> {
-        let live = self.locator.connect_to_look(&entry.domain).await;
+    fn members(
+        &self,
+        entry: &Entry,
+        snapshot: &Snapshot,
+        disks: &[(Target, Result<DiskInput>)],
+        alone: &SetSize,
+    ) -> Result<Vec<Member>> {
         let mut members = Vec::new();
         for member in &snapshot.disks {
             let Some(record) = entry.domain.disk(&member.target) else { continue };
             let backend = self.registry.serving(&record.disk)?;
             // Values that only the image has are left out if it cannot be read; `check` reports why.
-            let state = backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await.ok();
-            let layer = state.as_ref().and_then(|state| state.layer(&member.point.layer));
-            let delete = match &state {
-                None => None,
-                Some(state) => {
-                    let doomed = BTreeSet::from([snapshot.id]);
-                    let (drop, keep) = crate::plan::split_points(&entry.tree, &member.target, &doomed);
-                    backend.cost_of_delete(record, state, &drop, &keep).await.ok()
-                }
-            };
+            let read = disks.iter().find(|(target, _)| *target == member.target);
+            let read = read.and_then(|(_, disk)| disk.as_ref().ok());
+            let layer = read.and_then(|disk| disk.state.layer(&member.point.layer));
+            let cost = alone.disks.iter().find(|part| part.target == member.target);
             members.push(Member {
                 target: member.target.clone(),
                 point: member.point.clone(),
@@ -156,7 +149,7 @@ impl Viewer {
                 },
                 virtual_size: member.virtual_size,
                 allocated: layer.map(|layer| layer.allocated),
-                delete,
+                delete: read.and(cost).map(|part| part.delete.clone()),
             });
         }
         Ok(members)
