@@ -185,8 +185,7 @@ impl DiskSnapshotter for Raw {
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         let is_device = layers::is_device(disk.disk.path());
         if !is_device {
-            names::require_writable_directory_of(disk.disk.path())?;
-            names::require_private_directory_of(disk.disk.path())?;
+            names::require_place_of(disk)?;
         }
         let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
         // A TPM puts another file in the place of its own while it runs.

@@ -244,8 +244,7 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        names::require_writable_directory_of(disk.disk.path())?;
-        names::require_private_directory_of(disk.disk.path())?;
+        names::require_place_of(disk)?;
         let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
         if at_rest {
             locks.lock(disk.disk.path())?;

@@ -18,7 +18,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
-use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity, shell_command};
+use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, Result, file_identity, shell_command};
+
+use crate::layer_name::layer_path;
 
 /// The identity of a file, under any name: device and inode.
 pub type FileId = FileIdentity;
@@ -216,6 +218,32 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
             _ => error,
         }
     })
+}
+
+/// Refuses a disk on which no operation can begin: its image is not where it was, or its directory takes no
+/// names, or others could replace what is there.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`], with the command that gives the image its name back where it has another;
+/// [`ErrorKind::Refused`], with advice; the system's.
+pub fn require_place_of(record: &DiskRecord) -> Result<()> {
+    let path = record.disk.path();
+    if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        let layer = layer_path(path, &record.active);
+        let missing = Error::new(ErrorKind::NotFound, format!("{}: there is no {path}", record.disk.target))
+            .state("no changes made");
+        // An operation that was stopped in its switch, or somebody, took the name away; the content has
+        // another one since the layer below was frozen.
+        return Err(match layer.symlink_metadata().is_ok_and(|about| about.is_file()) {
+            true => missing.advise(format!(
+                "its content is there as {layer}: give it its name back (`{}`), then run the command again",
+                shell_command(["ln", layer.as_str(), path.as_str()])
+            )),
+            false => missing.advise("put the file back, then run the command again"),
+        });
+    }
+    require_writable_directory_of(path)?;
+    require_private_directory_of(path)
 }
 
 /// Refuses a directory in which other users could replace the image at `path` or its layers. Other users are
