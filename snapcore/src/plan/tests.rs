@@ -35,6 +35,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         deferred: false,
         expires: None,
         policy: None,
+        group: None,
     };
     backend.disks().get_mut(disk.path()).unwrap().tags.insert("s1".into(), 1);
     let domain = Domain {
@@ -48,6 +49,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         current: Some(found.id),
         machines: Vec::new(),
         policy: None,
+        group: None,
     };
     let seen = DomainInfo::new(serde_json::json!({}), true);
     let alive = RunningDomain {

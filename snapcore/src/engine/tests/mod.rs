@@ -9,7 +9,7 @@ use std::sync::Arc;
 use camino::Utf8PathBuf;
 use tokio_util::sync::CancellationToken;
 
-use super::{Engine, Run};
+use super::{Engine, Run, Verdict};
 use crate::backend::*;
 use crate::catalogue::{Catalogue, Change, Entry, OperationState, Revision};
 use crate::event::Events;

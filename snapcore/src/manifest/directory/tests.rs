@@ -30,6 +30,7 @@ fn snapshot(name: &str) -> Snapshot {
         deferred: false,
         expires: None,
         policy: None,
+        group: None,
     }
 }
 
@@ -48,6 +49,7 @@ fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
             current: snapshots.last().map(|snapshot| snapshot.id),
             machines: Vec::new(),
             policy: None,
+        group: None,
         },
         tree: SnapshotTree::new(snapshots.to_vec()),
         revision: Revision(revision),
