@@ -49,7 +49,6 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         current: Some(found.id),
         machines: Vec::new(),
         policy: None,
-        group: None,
     };
     let seen = DomainInfo::new(serde_json::json!({}), true);
     let alive = RunningDomain {

@@ -49,7 +49,6 @@ fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
             current: snapshots.last().map(|snapshot| snapshot.id),
             machines: Vec::new(),
             policy: None,
-        group: None,
         },
         tree: SnapshotTree::new(snapshots.to_vec()),
         revision: Revision(revision),
