@@ -19,8 +19,8 @@ impl Place {
         Self::made(tempfile::tempdir()?)
     }
 
-    /// On a disk, wherever the temporary files of this run are: a file system in memory gives room back by its
-    /// own pages.
+    /// On a disk, wherever the temporary files of this run are: a file system in memory gives room back by
+    /// its own pages.
     fn on_disk() -> Result<Self> {
         Self::made(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?)
     }

@@ -63,8 +63,8 @@ fn delete_as_said(domain: &mut Domain, set: &[&str], within: u64) -> Result<()> 
     Ok(())
 }
 
-/// A domain on a disk, wherever the temporary files of this run are: a file system in memory gives room back by
-/// its own pages.
+/// A domain on a disk, wherever the temporary files of this run are: a file system in memory gives room back
+/// by its own pages.
 fn on_disk(shape: &Shape) -> Result<(Domain, tempfile::TempDir)> {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     Ok((Domain::new_in(&dir.path().join("domain"), shape)?, dir))
