@@ -232,7 +232,7 @@ pub fn require_place_of(record: &DiskRecord) -> Result<()> {
         let layer = layer_path(path, &record.active);
         let missing = Error::new(ErrorKind::NotFound, format!("{}: there is no {path}", record.disk.target))
             .state("no changes made");
-        // An operation that was stopped in its switch, or somebody, took the name away; the content has
+        // An operation that was stopped in its switch, or another user, took the name away; the content has
         // another one since the layer below was frozen.
         return Err(match layer.symlink_metadata().is_ok_and(|about| about.is_file()) {
             true => missing.advise(format!(
