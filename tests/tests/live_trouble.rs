@@ -14,7 +14,7 @@ use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::mounted::Mounted;
 use domsnap_tests::report;
 use serde_json::{Value, json};
-use testguest::GuestOptions;
+use testguest::{GuestOptions, Version};
 
 fn signal(pid: u32, name: &str) -> Result<()> {
     let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status()?;
@@ -190,22 +190,29 @@ fn interrupt_undoes_or_completes() -> Result<()> {
 /// A disk that fills up while memory is written undoes the snapshot and the guest goes on.
 #[test]
 fn full_disk_in_a_memory_save_is_undone() -> Result<()> {
-    let small = Mounted::make("ext4", 48 << 20)?;
-    let mut live = Live::unregistered(GuestOptions::new())?;
-    let (socket, dir) = (live.guest.qmp_socket().to_owned(), small.path().to_owned());
-    let args = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
-    live.domsnap()
-        .done(&[&args[..], &[socket.as_os_str(), "--memory-dir".as_ref(), dir.as_os_str()]].concat())?;
-    live.create("disks", &["--disk-only"])?;
-    for kind in ["--internal", "--external"] {
-        let outcome = live.domsnap().run(&["create", NAME, "full", kind])?.expect_status(status::FAILED)?;
-        ensure!(outcome.stderr.contains("rolled back"), "{outcome}");
-        live.sound()?;
-        live.verify()?;
-        let left: Vec<_> = fs::read_dir(&dir)?.flatten().map(|entry| entry.file_name()).collect();
-        ensure!(left.iter().all(|name| name == "lost+found"), "memory was left behind: {left:?}");
+    // Of the newer QEMU the guest's pages are looked at before; the older one does not tell where they are, so
+    // the save begins.
+    for (version, status, says) in [
+        (Version::New, status::REFUSED, "the guest's memory needs at least"),
+        (Version::Old, status::FAILED, "rolled back"),
+    ] {
+        let small = Mounted::make("ext4", 48 << 20)?;
+        let mut live = Live::unregistered(GuestOptions::new().version(version))?;
+        let (socket, dir) = (live.guest.qmp_socket().to_owned(), small.path().to_owned());
+        let args = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
+        live.domsnap()
+            .done(&[&args[..], &[socket.as_os_str(), "--memory-dir".as_ref(), dir.as_os_str()]].concat())?;
+        live.create("disks", &["--disk-only"])?;
+        for kind in ["--internal", "--external"] {
+            let outcome = live.domsnap().run(&["create", NAME, "full", kind])?.expect_status(status)?;
+            ensure!(outcome.stderr.contains(says), "{outcome}");
+            live.sound()?;
+            live.verify()?;
+            let left: Vec<_> = fs::read_dir(&dir)?.flatten().map(|entry| entry.file_name()).collect();
+            ensure!(left.iter().all(|name| name == "lost+found"), "memory was left behind: {left:?}");
+        }
+        live.revert("disks", &[])?;
     }
-    live.revert("disks", &[])?;
     Ok(())
 }
 
