@@ -47,10 +47,10 @@ python: deps
 	mkdir -p $(PYTHON)
 	ln -sfn "$$(python3 -c 'import sys; print(sys.executable)')" $(PYTHON)/python3
 
-# The suites flush some hundred thousand times, which takes a quarter of their processor time on a disk. No
-# test needs one to know whether a flush was missing: losses of power are made from a record of the flushes.
-# `make test-all` has everything on the disk.
-test test-fast: export TMPDIR := $(or $(shell scripts/memory-for-tests),$(TMPDIR),/tmp)
+# The suites of domains at rest flush some hundred thousand times, which takes a quarter of their processor
+# time on a disk. No test needs one to know whether a flush was missing: losses of power are made from a
+# record of the flushes. `make test-all` has everything on the disk.
+test test-fast: export DOMSNAP_TEST_IN_MEMORY := $(shell scripts/memory-for-tests)
 test: deps qemu nextest python under-test
 	PATH="$(PYTHON):$$PATH" $(NEXTEST) --workspace --locked
 	$(CARGO) test --workspace --locked --doc

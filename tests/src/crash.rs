@@ -19,6 +19,7 @@ use crate::domsnap::{Outcome, status};
 use crate::meanwhile::{self, Aside};
 use crate::model::Model;
 use crate::mounted;
+use crate::place;
 use crate::powerloss::Baseline;
 use crate::record::Record;
 use crate::report::{self, List};
@@ -56,7 +57,7 @@ impl Bench {
         let before = domain.model.clone();
         let mut after = before.clone();
         (scenario.effect)(&mut after);
-        let copies = tempfile::Builder::new().prefix("domsnap-copy-").tempdir()?;
+        let copies = place::directory("domsnap-copy-")?;
         let copy = copies.path().join("before");
         domain.save_to(&copy)?;
         Ok(Bench { scenario, domain, before, after, copy, memo: Memo::default(), _copies: copies })

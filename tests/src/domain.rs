@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::domsnap::{Domsnap, Outcome, status};
 use crate::model::Model;
 use crate::mounted::Mounted;
+use crate::place;
 use crate::qemu::{self, Write};
 use crate::verify;
 
@@ -110,7 +111,7 @@ impl Domain {
     /// # Errors
     /// What failed, as a message.
     pub fn unregistered(shape: &Shape) -> Result<Domain> {
-        let dir = tempfile::Builder::new().prefix("domsnap-test-").tempdir()?;
+        let dir = place::directory("domsnap-test-")?;
         Domain::make(Place::Own(dir), shape)
     }
 

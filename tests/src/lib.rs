@@ -18,6 +18,7 @@
 //! - [`idle`]: a QEMU without a guest system, for what needs none: it is there in a moment
 //! - [`live`]: a running domain, its guest, and what each of its snapshots holds
 //! - [`mounted`]: a file system of a certain kind
+//! - [`place`]: where the files of a test lie
 //! - [`seed`]: random choices that can be repeated
 //! - [`served`]: a disk that `domsnap disk serve` serves, and a client of it
 
@@ -31,6 +32,7 @@ pub mod live;
 mod meanwhile;
 pub mod model;
 pub mod mounted;
+pub mod place;
 pub mod qemu;
 pub mod report;
 pub mod scenario;

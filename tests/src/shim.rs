@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::domsnap::{self, Domsnap};
+use crate::place;
 use crate::record::Record;
 
 /// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet. What is tried before an
@@ -170,7 +171,7 @@ pub fn failing(domsnap: Domsnap, number: u64, errno: &str, often: Often) -> Doms
 /// # Errors
 /// If there is none to be had.
 pub fn outputs() -> Result<(tempfile::TempDir, PathBuf)> {
-    let dir = tempfile::Builder::new().prefix("domsnap-shim-").tempdir()?;
+    let dir = place::directory("domsnap-shim-")?;
     let file = dir.path().join("operations");
     Ok((dir, file))
 }

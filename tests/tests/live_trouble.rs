@@ -190,8 +190,8 @@ fn interrupt_undoes_or_completes() -> Result<()> {
 /// A disk that fills up while memory is written undoes the snapshot and the guest goes on.
 #[test]
 fn full_disk_in_a_memory_save_is_undone() -> Result<()> {
-    // Of the newer QEMU the guest's pages are looked at before; the older one does not tell where they are, so
-    // the save begins.
+    // Of the newer QEMU the guest's pages are looked at before; the older one does not tell where they are,
+    // so the save begins.
     for (version, status, says) in [
         (Version::New, status::REFUSED, "the guest's memory needs at least"),
         (Version::Old, status::FAILED, "rolled back"),

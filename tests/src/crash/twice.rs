@@ -7,7 +7,7 @@ use crate::domsnap::status;
 use crate::meanwhile::{self, Written};
 use crate::model::Bytes;
 use crate::scenario::Scenario;
-use crate::{qemu, seed, shim};
+use crate::{place, qemu, seed, shim};
 
 /// SIGKILL before an operation, then the domain writes; SIGKILL before an operation of the recovery, then it
 /// writes again. After another recovery all of both must be somewhere: in the current state, or saved where
@@ -31,7 +31,7 @@ pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
             return Ok(()); // it needed an operation less than last time
         }
         let once = meanwhile::write(&bench.domain, &meanwhile::ONCE)?;
-        let copies = tempfile::Builder::new().prefix("domsnap-copy-").tempdir()?;
+        let copies = place::directory("domsnap-copy-")?;
         let written = copies.path().join("written");
         bench.domain.save_to(&written)?;
         let (_outputs, file) = shim::outputs()?;
