@@ -193,14 +193,17 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
-        let mut uses = chain::uses(disk, &step.action);
-        if let ChainStep::TakeInternal { .. } = &step.action
-            && let Some(file) = uses.writes.first()
-        {
+        chain::uses(disk, &step.action)
+    }
+
+    fn room(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> u64 {
+        match (&step.action, self.uses(disk, step).writes.first()) {
             // The step itself reports what is wrong with the image.
-            uses.room = in_place(|| sizes::room_of_new_tag(file)).unwrap_or(0);
+            (ChainStep::TakeInternal { .. }, Some(file)) => {
+                in_place(|| sizes::room_of_new_tag(file)).unwrap_or(0)
+            }
+            _ => 0,
         }
-        uses
     }
 
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {

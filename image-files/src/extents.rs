@@ -15,7 +15,7 @@ use rustix::io::Errno;
 ///
 /// # Errors
 /// The system's.
-pub fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
+pub(crate) fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
     let mut bytes = 0u64;
     for range in ranges.iter().filter(|range| !range.is_empty()) {
         let counted = match sum_of_extents(file, range) {

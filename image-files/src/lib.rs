@@ -49,7 +49,6 @@ pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use discover::discover;
 pub use disk_locks::{DiskLoan, DiskLocks, ImageLocks, borrow_image, is_held_by_others};
-pub use extents::allocated_in;
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use lock::{LockError, LockMode, is_locked, lock, lock_whole};
 pub use luks::{LUKS, is_luks};

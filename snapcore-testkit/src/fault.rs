@@ -289,6 +289,9 @@ impl DiskSnapshotter for FaultyBackend {
     fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::backend::FileUses {
         self.inner.uses(disk, step)
     }
+    fn room(&self, disk: &DiskRecord, step: &Step) -> u64 {
+        self.inner.room(disk, step)
+    }
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::backend::Base>> {
         self.inner.bases(disk).await
     }

@@ -365,6 +365,13 @@ pub trait DiskSnapshotter: Send + Sync {
         FileUses::default()
     }
 
+    /// Returns the bytes that a step adds to files which exist, for which the file system must have room:
+    /// more than [`FileUses::room`] says of those that it makes. It may read images, so it is asked once an
+    /// operation.
+    fn room(&self, _disk: &DiskRecord, _step: &Step<Self::Action>) -> u64 {
+        0
+    }
+
     /// Returns advice in the terms of the format on a refusal that the service makes, as an imperative: "take
     /// the snapshot with --internal, which makes no files". The service adds its own, which is good for every
     /// format. Without a text from the backend, only that is shown.

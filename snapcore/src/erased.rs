@@ -120,6 +120,9 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
         self.decoded(step).map_or_else(|_| FileUses::default(), |step| self.inner.uses(disk, &step))
     }
+    fn room(&self, disk: &DiskRecord, step: &Step) -> u64 {
+        self.decoded(step).map_or(0, |step| self.inner.room(disk, &step))
+    }
     fn advice(&self, disk: &DiskRecord, on: AdviceOn<'_>) -> Option<String> {
         self.inner.advice(disk, on)
     }

@@ -112,7 +112,7 @@ pub use shape::{
     CutUnit, FinishStep, FinishUnit, HypervisorStep, NestedStep, PlacedStep, Plan, PlanStep, StepRef,
 };
 pub use shell::shell_command;
-pub use size::shown_size;
+pub use size::{free_bytes, shown_size};
 pub use snapshot::{
     Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotRole,
     SnapshotTree,

@@ -1,4 +1,23 @@
-//! Sizes for people.
+//! Sizes: as people read them, and of file systems.
+
+use camino::Utf8Path;
+use rustix::fs::{StatVfs, statvfs};
+
+/// Bytes that this user may still write to the file system of a directory; `None` if it does not tell.
+pub fn free_bytes(directory: &Utf8Path) -> Option<u64> {
+    free_of(&statvfs(directory.as_std_path()).ok()?)
+}
+
+/// Bytes that this user may still write to a file system; `None` if it does not tell.
+pub(crate) fn free_of(about: &StatVfs) -> Option<u64> {
+    let blocks = if is_root() { about.f_bfree } else { about.f_bavail };
+    (about.f_blocks > 0).then(|| blocks.saturating_mul(about.f_frsize))
+}
+
+/// Root may use the blocks and files that a file system reserves.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
 
 /// Formats bytes with three significant digits: `0 B`, `512 B`, `1.50 KiB`, `12.3 MiB`, `100 GiB`.
 pub fn shown_size(count: u64) -> String {

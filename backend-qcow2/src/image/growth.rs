@@ -7,18 +7,14 @@
 
 use std::ops::Range;
 
-use image_files::allocated_in;
-
-use super::error::{Context, Error, Result};
+use super::error::{Context, Result};
 use super::mapping::{Geometry, L2Entry, Mapping};
 use super::open::Image;
-use super::refcount::Refcounts;
+use super::refcount::{FILE_BLOCK, Refcounts};
 use super::units::HostOffset;
 use super::view::{Content, Piece, RunLayer, View};
 use super::writer::host_of;
 
-/// Bytes of a file system block.
-const FILE_BLOCK: u64 = 4096;
 /// Ranges of the file that are collected before the file system is asked about them.
 const RANGES: usize = 64 << 10;
 
@@ -93,12 +89,10 @@ impl Places {
     fn count(&mut self, image: &Image) -> Result<()> {
         let ranges = std::mem::take(&mut self.ranges);
         self.bytes = ranges.iter().map(|range| range.end - range.start).fold(self.bytes, u64::saturating_add);
-        let Some(file) = image.file.file() else {
-            self.allocated = self.bytes;
-            return Ok(());
-        };
-        let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
-        self.allocated = self.allocated.saturating_add(allocated_in(file, &ranges).map_err(fails)?);
+        match image.file.allocated_in(&ranges)? {
+            Some(allocated) => self.allocated = self.allocated.saturating_add(allocated),
+            None => self.allocated = self.bytes,
+        }
         Ok(())
     }
 }

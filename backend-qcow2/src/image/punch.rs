@@ -14,10 +14,8 @@
 
 use super::error::Result;
 use super::open::Image;
+use super::refcount::FILE_BLOCK;
 use super::units::HostOffset;
-
-/// Bytes of a file system block.
-const BLOCK: u64 = 4096;
 
 impl Image {
     /// Punches the clusters that became free since the image was opened, or since the last call. Call it only
@@ -64,10 +62,10 @@ impl Image {
         let (file, refcounts, header) = self.parts()?;
         let bits = header.cluster_bits;
         for run in runs {
-            let run = refcounts.widened(file, run)?;
+            let run = refcounts.widened(file, run, |_| None)?;
             let from = run.start << bits.bits();
             // The last block of the file may be partial. A hole up to the block's end covers it whole.
-            let to = (run.end << bits.bits()).min(file_len.next_multiple_of(BLOCK));
+            let to = (run.end << bits.bits()).min(file_len.next_multiple_of(FILE_BLOCK));
             if from < to && !file.punch(HostOffset(from), to - from) {
                 return Ok(());
             }

@@ -22,8 +22,8 @@ use super::units::{ClusterBits, ClusterIndex, HostOffset};
 const MAX_LOADED_BYTES: usize = 160 << 20;
 /// The same limit for an estimate, which must not write any: the blocks of 32 TiB in clusters of 64 KiB.
 const MAX_ESTIMATE_BYTES: usize = 1 << 30;
-/// Bytes of a file system block.
-const FILE_BLOCK: u64 = 4096;
+/// Bytes of a file system block, the least that a write occupies.
+pub(super) const FILE_BLOCK: u64 = 4096;
 /// Adjacent changed blocks are written together up to this many bytes.
 const WRITE_RUN: usize = 4 << 20;
 /// Bits 9 to 63 of a table entry are the block's offset.
@@ -288,7 +288,8 @@ impl Refcounts {
     }
 
     /// Extends a run of free clusters by its free neighbours in the same blocks of the file system. Clusters
-    /// smaller than such a block free no space by themselves.
+    /// smaller than such a block free no space by themselves. What `known` says of a cluster goes before its
+    /// refcount: true is free.
     ///
     /// # Errors
     /// The system's.
@@ -296,15 +297,23 @@ impl Refcounts {
         &mut self,
         file: &ImageFile,
         mut run: std::ops::Range<u64>,
+        known: impl Fn(u64) -> Option<bool>,
     ) -> Result<std::ops::Range<u64>> {
         let per_block = FILE_BLOCK / self.bits.size();
-        if per_block > 1 {
-            while !run.start.is_multiple_of(per_block) && self.get(file, ClusterIndex(run.start - 1))? == 0 {
-                run.start -= 1;
+        if per_block < 2 {
+            return Ok(run);
+        }
+        let mut is_free = |cluster: u64| -> Result<bool> {
+            match known(cluster) {
+                Some(free) => Ok(free),
+                None => Ok(self.get(file, ClusterIndex(cluster))? == 0),
             }
-            while !run.end.is_multiple_of(per_block) && self.get(file, ClusterIndex(run.end))? == 0 {
-                run.end += 1;
-            }
+        };
+        while !run.start.is_multiple_of(per_block) && is_free(run.start - 1)? {
+            run.start -= 1;
+        }
+        while !run.end.is_multiple_of(per_block) && is_free(run.end)? {
+            run.end += 1;
         }
         Ok(run)
     }

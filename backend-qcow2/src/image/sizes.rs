@@ -12,19 +12,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use image_files::allocated_in;
-
 use super::error::{Context, Error, ErrorKind, Result};
 use super::mapping::Geometry;
 use super::open::Image;
-use super::refcount::Refcounts;
+use super::refcount::{FILE_BLOCK, Refcounts};
 use super::references::References;
 use super::snapshot_table::{self, Snapshot};
 use super::tables::{self, L1Table};
 use super::units::{ClusterIndex, HostOffset};
 
-/// Bytes of a file system block, the least that a write occupies.
-const FILE_BLOCK: u64 = 4096;
 /// Most L2 tables that are distinguished: those of 2 PiB in clusters of 64 KiB.
 const MAX_TABLES: usize = 4 << 20;
 /// Clusters in one chunk of counters.
@@ -98,7 +94,6 @@ impl Sizes<'_> {
     /// [`ErrorKind::Corrupt`]; the system's.
     pub fn room_of_new_tables(&mut self) -> Result<u64> {
         let image = self.image;
-        let Some(file) = image.file.file() else { return Ok(0) };
         let bits = image.header.cluster_bits;
         let mut at = 0;
         let mut missing = 0u64;
@@ -109,8 +104,7 @@ impl Sizes<'_> {
             let from = first << bits.bits();
             let range =
                 from / FILE_BLOCK * FILE_BLOCK..from.saturating_add(bytes).next_multiple_of(FILE_BLOCK);
-            let has = allocated_in(file, std::slice::from_ref(&range))
-                .map_err(|error| Error::io("what the file takes on its file system cannot be read", error))?;
+            let Some(has) = image.file.allocated_in(std::slice::from_ref(&range))? else { return Ok(0) };
             missing = missing.saturating_add((range.end - range.start).saturating_sub(has));
         }
         Ok(missing)
@@ -248,13 +242,18 @@ impl Sizes<'_> {
 
     /// Returns the bytes that the file system gets back from these clusters, which become free.
     fn given_back(&mut self, runs: &[Range<u64>], new_table: Range<u64>, geometry: Geometry) -> Result<u64> {
-        let Some(file) = self.image.file.file() else { return Ok(0) };
-        let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
         let (bits, length) = (geometry.cluster_bits.bits(), self.image.file.len()?);
         let mut widened: Vec<Range<u64>> = Vec::with_capacity(runs.len());
         let taken = new_table.start >> bits..new_table.end.div_ceil(geometry.cluster_bits.size());
         for (number, run) in runs.iter().enumerate() {
-            let run = self.widened(run.clone(), runs, number, &taken)?;
+            // A block has 8 clusters at most, so other runs in it are not far.
+            let near = runs.get(number.saturating_sub(8)..(number + 8).min(runs.len())).unwrap_or_default();
+            // Free afterwards, or in use afterwards, whatever its count says now.
+            let known = |cluster: u64| {
+                let becomes = near.iter().any(|run| run.contains(&cluster));
+                if taken.contains(&cluster) { Some(false) } else { becomes.then_some(true) }
+            };
+            let run = self.refcounts.widened(&self.image.file, run.clone(), known)?;
             match widened.last_mut() {
                 Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
                 _ => widened.push(run),
@@ -268,41 +267,11 @@ impl Sizes<'_> {
             from.next_multiple_of(FILE_BLOCK)..end
         };
         let freed: Vec<_> = widened.iter().map(whole_blocks).filter(|run| !run.is_empty()).collect();
-        let freed = allocated_in(file, &freed).map_err(fails)?;
+        let Some(freed) = self.image.file.allocated_in(&freed)? else { return Ok(0) };
         // The new snapshot table adds blocks where the file has none yet.
         let table = new_table.start..new_table.end.next_multiple_of(FILE_BLOCK);
-        let had = allocated_in(file, std::slice::from_ref(&table)).map_err(fails)?;
+        let had = self.image.file.allocated_in(std::slice::from_ref(&table))?.unwrap_or(0);
         Ok(freed.saturating_sub((table.end - table.start).saturating_sub(had)))
-    }
-
-    /// Extends a run of clusters that become free by neighbours in the same blocks of the file system, which
-    /// are free or become it too: clusters smaller than such a block free no space by themselves. Those of
-    /// `taken` are in use afterwards.
-    fn widened(
-        &mut self,
-        mut run: Range<u64>,
-        runs: &[Range<u64>],
-        number: usize,
-        taken: &Range<u64>,
-    ) -> Result<Range<u64>> {
-        let (file, per_block) = (&self.image.file, FILE_BLOCK / self.image.header.cluster_bits.size());
-        if per_block < 2 {
-            return Ok(run);
-        }
-        // A block has 8 clusters at most, so other runs in it are not far.
-        let near = runs.get(number.saturating_sub(8)..(number + 8).min(runs.len())).unwrap_or_default();
-        let refcounts = &mut self.refcounts;
-        let mut is_free = |cluster: u64| -> Result<bool> {
-            let becomes = near.iter().any(|run| run.contains(&cluster));
-            Ok(!taken.contains(&cluster) && (becomes || refcounts.get(file, ClusterIndex(cluster))? == 0))
-        };
-        while !run.start.is_multiple_of(per_block) && is_free(run.start - 1)? {
-            run.start -= 1;
-        }
-        while !run.end.is_multiple_of(per_block) && is_free(run.end)? {
-            run.end += 1;
-        }
-        Ok(run)
     }
 }
 

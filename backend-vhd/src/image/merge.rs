@@ -101,10 +101,8 @@ pub fn merge_growth(run: &mut Chain, into: usize) -> Result<u64> {
 fn missing(target: &Vhd, range: std::ops::Range<u64>) -> Result<u64> {
     let range = range.start / FILE_BLOCK * FILE_BLOCK..range.end.next_multiple_of(FILE_BLOCK);
     let length = range.end - range.start;
-    let Some(file) = target.file.file() else { return Ok(0) };
-    let has = image_files::allocated_in(file, std::slice::from_ref(&range))
-        .map_err(|error| Error::io("what the file takes on its file system cannot be read", error))?;
-    Ok(length.saturating_sub(has))
+    let has = target.file.allocated_in(std::slice::from_ref(&range))?;
+    Ok(has.map_or(0, |has| length.saturating_sub(has)))
 }
 
 /// A part of a move: from a layer of the run to a place of the disk.

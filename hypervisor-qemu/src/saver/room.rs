@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use camino::Utf8Path;
 use snapcore::hypervisor::DomainStep;
-use snapcore::{Error, ErrorKind, Plan, Result, StepRef, shown_size};
+use snapcore::{Error, ErrorKind, Plan, Result, StepRef, free_bytes, shown_size};
 
 use super::error::blocking;
 use crate::gdb::monitor;
@@ -59,15 +59,7 @@ pub(super) async fn require(machine: &Machine, plan: &Plan) -> Result<()> {
 fn fits(image: &Utf8Path, needed: u64) -> Result<()> {
     let there = |above: &&Utf8Path| above.symlink_metadata().is_ok();
     let Some(directory) = image.ancestors().skip(1).find(there) else { return Ok(()) };
-    let Ok(about) = rustix::fs::statvfs(directory.as_std_path()) else { return Ok(()) };
-    let blocks = match rustix::process::geteuid().is_root() {
-        true => about.f_bfree,
-        false => about.f_bavail,
-    };
-    let free = blocks.saturating_mul(about.f_frsize);
-    if about.f_blocks == 0 || needed <= free {
-        return Ok(());
-    }
+    let Some(free) = free_bytes(directory).filter(|free| *free < needed) else { return Ok(()) };
     let (needed, free) = (shown_size(needed), shown_size(free));
     Err(Error::new(
         ErrorKind::NoSpace,

@@ -3,9 +3,8 @@
 //! Only what is certain is refused: data that a step writes, less what earlier steps of the plan give back.
 
 use camino::Utf8Path;
-use rustix::fs::statvfs;
 use snapcore::backend::{DiskPlan, DiskState};
-use snapcore::{DiskRecord, Error, ErrorKind, Result, shown_size};
+use snapcore::{DiskRecord, Error, ErrorKind, Result, free_bytes, shown_size};
 
 use super::cost::files_of;
 use super::{ChainStep, Measure};
@@ -81,14 +80,4 @@ pub fn require_room(
 fn no_room(what: String, directory: &Utf8Path, free: u64) -> Error {
     Error::new(ErrorKind::NoSpace, format!("{what}, and {directory} has {} free", shown_size(free)))
         .state("no changes made")
-}
-
-/// Bytes that this user may still write to a file system; `None` if it does not tell.
-fn free_bytes(directory: &Utf8Path) -> Option<u64> {
-    let about = statvfs(directory.as_std_path()).ok().filter(|about| about.f_blocks > 0)?;
-    let blocks = match rustix::process::geteuid().is_root() {
-        true => about.f_bfree,
-        false => about.f_bavail,
-    };
-    Some(blocks.saturating_mul(about.f_frsize))
 }

@@ -6,12 +6,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Error, Result};
 use super::offset::HostOffset;
+use crate::extents::allocated_in;
 
 /// Storage below an [`ImageFile`]: a file, or a recorder in tests.
 #[expect(clippy::len_without_is_empty, reason = "a length in bytes, not that of a collection")]
@@ -212,6 +214,18 @@ impl ImageFile {
         self.storage.set_len(len).map_err(|e| {
             Error::io(format!("the file's size cannot be made {len}"), e).on("resize", &self.path)
         })
+    }
+
+    /// Returns the bytes that ranges of the file occupy on the file system; `None` if it is in none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn allocated_in(&self, ranges: &[Range<u64>]) -> Result<Option<u64>> {
+        let Some(file) = self.storage.file() else { return Ok(None) };
+        let counted = allocated_in(file, ranges);
+        counted
+            .map(Some)
+            .map_err(|error| Error::io("what the file takes on its file system cannot be read", error))
     }
 
     /// Returns the space of a range to the file system. This is an optimisation: the result is `false` where

@@ -60,7 +60,7 @@ impl Neighbours {
 
     /// Adds to the states of `disks`, of the domain `own`, the images of other domains that are backed by
     /// their layers.
-    pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [DiskInput]) -> Result<()> {
+    pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [&mut DiskInput]) -> Result<()> {
         let mut layers: HashMap<DiskIdentity, (usize, LayerName)> = HashMap::new();
         for (index, disk) in disks.iter().enumerate() {
             for layer in &disk.state.layers {

@@ -18,8 +18,8 @@ use super::neighbours::Neighbours;
 use crate::backend::InspectDepth;
 use crate::catalogue::Entry;
 use crate::domain::DiskRecord;
-use crate::error::{Error, ErrorKind, Result};
-use crate::name::Target;
+use crate::error::Result;
+use crate::name::{DomainName, Target};
 use crate::plan::DiskInput;
 use crate::policy::PolicyReview;
 use crate::registry::Registry;
@@ -128,7 +128,8 @@ impl Planning {
             disks.push(self.read_disk(record, live, depth, at_rest, check).await?);
         }
         if depth == InspectDepth::Dependents {
-            self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
+            let mut all: Vec<&mut DiskInput> = disks.iter_mut().collect();
+            self.neighbours.add_neighbours(&entry.domain.name, &mut all).await?;
         }
         Ok((disks, without))
     }
@@ -172,21 +173,26 @@ impl Planning {
         for record in &entry.domain.disks {
             let at_rest = live.is_some_and(|live| live.disk(&record.disk.target).is_none());
             let read = self.read_disk(record, live, InspectDepth::Dependents, at_rest, false).await;
-            let read = match read {
-                Ok(disk) => {
-                    let mut disks = vec![disk];
-                    let added = self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await;
-                    added.and_then(|()| {
-                        disks
-                            .pop()
-                            .ok_or_else(|| Error::new(ErrorKind::Internal, "a disk that was read is gone"))
-                    })
-                }
-                Err(error) => Err(error),
-            };
             all.push((record.disk.target.clone(), read));
         }
+        self.add_neighbours_of_each(&entry.domain.name, &mut all).await;
         all
+    }
+
+    /// Adds other domains' images to the disks that were read. A disk for which that fails gets the error.
+    async fn add_neighbours_of_each(&self, own: &DomainName, disks: &mut [(Target, Result<DiskInput>)]) {
+        // It reads the images of all other domains: once for all disks, if none is in the way.
+        let mut read: Vec<&mut DiskInput> =
+            disks.iter_mut().filter_map(|(_, disk)| disk.as_mut().ok()).collect();
+        if read.is_empty() || self.neighbours.add_neighbours(own, &mut read).await.is_ok() {
+            return;
+        }
+        for (_, disk) in disks {
+            let Ok(found) = disk else { continue };
+            if let Err(error) = self.neighbours.add_neighbours(own, &mut [found]).await {
+                *disk = Err(error);
+            }
+        }
     }
 
     /// Returns the part of a disk in what `request` does.

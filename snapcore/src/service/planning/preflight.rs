@@ -36,6 +36,7 @@ use crate::service::images::file_id;
 use crate::service::locator::Live;
 use crate::shape::Plan;
 use crate::shell::shell_word;
+use crate::size::{free_of, is_root};
 use crate::step::Edit;
 
 /// The most bytes that are added to a name to make another: a dot, and the mark of a name that is moved.
@@ -86,6 +87,7 @@ impl Planning {
                         works.add_copy(&of_step, step.bytes);
                     }
                     uses.extend(of_step);
+                    uses.room = uses.room.saturating_add(backend.room(record, step));
                 }
                 let without_files = || backend.advice(record, AdviceOn::NewFiles);
                 names_fit(record, &uses, &without_files)?;
@@ -276,20 +278,16 @@ fn manifests_room(domain: &Domain, plan: &Plan) -> u64 {
 /// Refuses if a file system reports less space than the least that is needed.
 fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
     let Ok(about) = statvfs(directory.as_std_path()) else { return Ok(()) };
-    let (blocks, inodes) = match rustix::process::geteuid().is_root() {
-        true => (about.f_bfree, about.f_ffree),
-        false => (about.f_bavail, about.f_favail),
-    };
+    let inodes = if is_root() { about.f_ffree } else { about.f_favail };
     // A file system without a table of files reports 0 of them, which does not mean that all are used.
     if about.f_files > 0 && inodes < files {
         let message =
             format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
         return Err(Error::new(ErrorKind::NoSpace, message).state("no changes made").advise(MAKE_ROOM));
     }
-    let free = blocks.saturating_mul(about.f_frsize);
-    match about.f_blocks == 0 || free >= bytes {
-        true => Ok(()),
-        false => Err(no_room(directory, bytes, Some(free))),
+    match free_of(&about).filter(|free| *free < bytes) {
+        Some(free) => Err(no_room(directory, bytes, Some(free))),
+        None => Ok(()),
     }
 }
 
