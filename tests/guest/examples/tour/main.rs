@@ -1,7 +1,11 @@
-//! The second half of `make demo`: a guest runs and writes, is snapshotted while it runs, loses its file
-//! system, and is returned to the snapshot in place. What is shown as a pause is what the guest saw.
+//! The second and the third act of `make demo`, with guests that run.
+//!
+//! The second: a guest is snapshotted, loses its file system, and is returned to the snapshot in place. What
+//! is shown as a pause is what the guest saw. The third is in [`fork`].
 
-use std::path::PathBuf;
+mod fork;
+
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -47,13 +51,18 @@ fn chapter(title: &str) {
 }
 
 fn main() -> Result<()> {
-    let domsnap = std::env::args_os().nth(1).context("give the path of domsnap")?.into();
+    let domsnap: PathBuf = std::env::args_os().nth(1).context("give the path of domsnap")?.into();
+    in_place(&domsnap)?;
+    fork::act(&domsnap)
+}
+
+fn in_place(domsnap: &Path) -> Result<()> {
     chapter("A guest that runs: two disks, memory that it writes to all the time");
     println!("(the first time its kernel is fetched and it is booted; later it begins where it was)");
     let guest = GuestOptions::new().tick_ms(5).deadline(Duration::from_secs(60)).start()?;
     guest.dirty(32, 50.0)?;
     guest.blocks(64, 100.0)?;
-    let tour = Tour { guest, domsnap };
+    let tour = Tour { guest, domsnap: domsnap.to_owned() };
     tour.inside("echo 'dear reader' > /vda/letter; sync; ls /vda")?;
     tour.counting()?;
     let socket = tour.guest.qmp_socket().display().to_string();
