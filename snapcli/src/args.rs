@@ -103,6 +103,8 @@ pub enum Command {
     Export(Export),
     /// Serve the disks of a snapshot over NBD, read-only, until SIGTERM or SIGINT; the domain may run
     Serve(ServeSnapshot),
+    /// Mount the file systems of a snapshot, read-only, until it is stopped
+    Mount(Mount),
     /// Bring back the state that the last revert replaced
     Undo(Undo),
     /// Hold a snapshot, so that it is not deleted
@@ -134,7 +136,7 @@ pub enum Command {
     Disk(Disk),
     /// The snapshot commands that the design paper gave to `xl`
     Xl(Xl),
-    /// Check images, catalogue and manifests for damage; make no changes
+    /// Check images, catalogue and manifests for damage
     Check(Check),
     /// Complete or roll back interrupted operations; run deferred merges
     Recover(Recover),
@@ -483,6 +485,21 @@ pub struct ServeSnapshot {
 }
 
 #[derive(Debug, Args)]
+pub struct Mount {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot, which is held meanwhile
+    pub name: SnapshotName,
+    /// The directory; each file system of the disks gets one in it, such as vda1. It is made if it does not
+    /// exist
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub dir: Utf8PathBuf,
+    /// Mount the file systems of this disk only; may be repeated
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub disks: Vec<Target>,
+}
+
+#[derive(Debug, Args)]
 pub struct Undo {
     /// The domain
     pub domain: DomainRef,
@@ -764,6 +781,10 @@ impl From<Active> for ActivePath {
 pub struct Check {
     /// The domain [default: all]
     pub domain: Option<DomainRef>,
+    /// Search for images that are gone near where they were, and record where they are now. Without it, no
+    /// changes are made
+    #[arg(long)]
+    pub repair: bool,
 }
 
 #[derive(Debug, Args)]
@@ -784,7 +805,7 @@ pub struct Import {
     pub domain: DomainRef,
     /// Copy the exports of a directory, which `export` made, into this new directory, and register the copies
     /// as a domain
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["replace", "trust"])]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["replace", "trust", "records"])]
     pub to: Option<Utf8PathBuf>,
     /// Register the domain under this name
     #[arg(long)]
@@ -796,6 +817,10 @@ pub struct Import {
     /// the images' directory can have written them, and domsnap will run them
     #[arg(long)]
     pub trust: bool,
+    /// Name and describe the snapshots in the images as libvirt or the prototype of xl recorded them: a file,
+    /// or a directory of such files
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub records: Option<Utf8PathBuf>,
 }
 
 #[cfg(test)]

@@ -715,6 +715,38 @@ pub struct ServeDoc {
     pub notes: Vec<String>,
 }
 
+/// `mount`, printed when all is mounted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct MountDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// The snapshot.
+    pub snapshot: SnapshotName,
+    /// The holder of the snapshot's hold, which ends with the command.
+    pub holder: Holder,
+    /// The file systems that are mounted.
+    pub mounts: Vec<MountedDoc>,
+    /// Remarks: what is on the disks and not mounted.
+    pub notes: Vec<String>,
+}
+
+/// A file system that is mounted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct MountedDoc {
+    /// The disk.
+    pub target: Target,
+    /// The number of its partition; absent: the disk has no partitions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<u32>,
+    /// The kind of file system, as `mount` names it.
+    pub filesystem: String,
+    /// Bytes of the disk or partition.
+    pub bytes: u64,
+    /// Where it is mounted.
+    #[schemars(with = "String")]
+    pub directory: Utf8PathBuf,
+}
+
 /// A snapshot of one image.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskSnapshotDoc {
@@ -749,6 +781,9 @@ pub struct CheckedDomain {
     pub domain: String,
     /// The findings; empty if all is well.
     pub findings: Vec<Finding>,
+    /// What `--repair` did before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repaired: Option<String>,
 }
 
 /// `recover`.
@@ -836,7 +871,7 @@ pub fn schema() -> serde_json::Value {
     document! {
         "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
         "group": GroupDoc, "group-dry-run": GroupPlanDoc,
-        "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
+        "clone": CloneDoc, "diff": snapcore::service::DiffReport, "export": ExportDoc, "serve": ServeDoc, "mount": MountDoc, "undo": RevertDoc, "undo-forget": ChangeDoc, "hold": ChangeDoc, "release": ChangeDoc, "rename": ChangeDoc,
         "describe": ChangeDoc, "expire": ChangeDoc, "history": HistoryDoc, "du": snapcore::service::SizeReport,
         "policy-run": PolicyRunDoc, "policy-install": PolicyInstallDoc, "policy-remove": PolicyRemoveDoc,
         "policy-show": PolicyShowDoc,

@@ -12,7 +12,7 @@ use crate::args::{Domain, DomainAdd, DomainDisk, Import};
 use crate::commands::change::{names, shell_text};
 use crate::commands::list::{layers, stopped};
 use crate::commands::power::{self, Now};
-use crate::commands::{restore, scan};
+use crate::commands::{recorded, restore, scan};
 use crate::documents::{DomainDoc, DomainShowDoc, DomainsDoc, ListDoc, ListedDomain, Power, RemovalDoc};
 use crate::domain_file;
 use crate::failure::Failure;
@@ -166,6 +166,9 @@ pub fn import(session: &Session, args: Import) -> Result<Answer, Failure> {
     }
     if args.trust {
         options = options.trust();
+    }
+    if let Some(records) = &args.records {
+        options = options.recorded(recorded::read(&absolute(records)?)?);
     }
     let report = session.change(session.service.import(&args.domain, options))?;
     Ok(session.changed(document(report), |document| reported(document, "imported")))

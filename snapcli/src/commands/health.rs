@@ -1,12 +1,13 @@
 //! `domsnap check` and `domsnap recover`.
 
 use anstyle::{AnsiColor, Style};
-use snapcore::backend::Severity;
+use snapcore::backend::{Finding, Severity};
 use snapcore::catalogue::OperationState;
-use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
+use snapcore::service::{DomainRef, ImportOptions, RecoveryEnd, RecoveryReport};
+use snapcore::{DiskAddress, Error, ErrorKind};
 
 use crate::answer::Answer;
-use crate::args::Recover;
+use crate::args::{Check, Recover};
 use crate::commands::change::{deferred, names};
 use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc, RecoverNote};
 use crate::failure::{Failure, exit};
@@ -14,8 +15,8 @@ use crate::session::Session;
 use crate::units;
 
 /// Looks for damage. An error found is status 1; warnings and notes are not.
-pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Failure> {
-    let wanted = match domain {
+pub fn check(session: &Session, args: Check) -> Result<Answer, Failure> {
+    let wanted = match args.domain {
         Some(domain) => vec![domain],
         None => {
             let known = session.ask(session.service.domains())?;
@@ -24,8 +25,13 @@ pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Fai
     };
     let mut domains = Vec::new();
     for domain in wanted {
-        let findings = session.ask(session.service.check(&domain))?;
-        domains.push(CheckedDomain { domain: domain.to_string(), findings });
+        let places = session.ask(session.service.find_moved(&domain))?;
+        let repaired = if args.repair { follow(session, &domain, &places)? } else { None };
+        let mut findings = session.ask(session.service.check(&domain))?;
+        if !args.repair {
+            findings.extend(places.iter().map(|images| found_at(&domain, images)));
+        }
+        domains.push(CheckedDomain { domain: domain.to_string(), findings, repaired });
     }
     let findings = domains.iter().flat_map(|domain| &domain.findings);
     let errors = findings.filter(|found| found.severity == Severity::Error).count();
@@ -37,12 +43,53 @@ pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Fai
     Ok(answer)
 }
 
+/// The images that are gone from where the catalogue has them, and where they seem to be.
+fn found_at(domain: &DomainRef, images: &[DiskAddress]) -> Finding {
+    let message = format!(
+        "its images seem to be {} now; `domsnap check {domain} --repair` records that",
+        joined(images)
+    );
+    Finding::new(Severity::Note, domain.to_string(), message)
+}
+
+fn joined(images: &[DiskAddress]) -> String {
+    images.iter().map(DiskAddress::as_str).collect::<Vec<_>>().join(",")
+}
+
+/// Records the place to which the images of a domain were moved. Returns what was done.
+fn follow(
+    session: &Session,
+    domain: &DomainRef,
+    places: &[Vec<DiskAddress>],
+) -> Result<Option<String>, Failure> {
+    match places {
+        [] => Ok(None),
+        [images] => {
+            let images = joined(images);
+            let moved = DomainRef::parse(&images)?;
+            session.change(session.service.import(&moved, ImportOptions::default().replace()))?;
+            Ok(Some(format!("was moved, and its images are {images} now")))
+        }
+        many => {
+            let all: Vec<String> = many.iter().map(|images| joined(images)).collect();
+            let message = format!("the images of {domain} may have been moved to any of: {}", all.join("; "));
+            Err(Error::new(ErrorKind::Refused, message)
+                .state("no changes made")
+                .advise("say which: `domsnap import --replace IMAGES`; the others are copies")
+                .into())
+        }
+    }
+}
+
 fn findings_text(document: &CheckDoc) -> String {
     if document.domains.is_empty() {
         return "no domains are known: nothing to check\n".to_owned();
     }
     let mut text = String::new();
     for domain in &document.domains {
+        if let Some(repaired) = &domain.repaired {
+            text.push_str(&format!("{}: {repaired}\n", domain.domain));
+        }
         if domain.findings.is_empty() {
             text.push_str(&format!("{}: all is well\n", domain.domain));
             continue;

@@ -14,6 +14,7 @@ mod held;
 mod list;
 mod policy;
 mod power;
+mod recorded;
 mod restore;
 mod scan;
 mod serve;
@@ -44,6 +45,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Diff(diff) => diff::run(&open(global)?, diff),
         Command::Export(export) => export::run(&open(global)?, export).map_err(Failure::of_plan),
         Command::Serve(serve) => serve::snapshot::run(&open(global)?, serve),
+        Command::Mount(mount) => serve::mount::run(&open(global)?, mount),
         Command::Undo(undo) => held::undo(&open(global)?, undo),
         Command::Hold(hold) => held::hold(&open(global)?, hold),
         Command::Release(release) => held::release(&open(global)?, release),
@@ -58,7 +60,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Domain(domain) => domain::run(&open(global)?, domain),
         Command::Import(import) => domain::import(&open(global)?, import),
         Command::Xl(xl) => xl::run(&open(global)?, xl),
-        Command::Check(check) => health::check(&open(global)?, check.domain),
+        Command::Check(check) => health::check(&open(global)?, check),
         Command::Recover(recover) => health::recover(&open(global)?, &recover),
         Command::Backends => Ok(generate::backends(&open(global)?)),
     }

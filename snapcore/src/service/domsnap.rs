@@ -716,6 +716,15 @@ impl Domsnap {
         .await
     }
 
+    /// Searches the places where the images of a domain may have been moved to, near where they were. Returns
+    /// each as the list of its images, which an import that replaces the domain takes. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the catalogue does not have the domain.
+    pub async fn find_moved(&self, domain: &DomainRef) -> Result<Vec<Vec<DiskAddress>>> {
+        self.rooms.registrar.find_moved(domain).await
+    }
+
     /// Rebuilds the catalogue's records of a domain from the manifests beside its images, and adopts the
     /// snapshots and layers that the images themselves know. One image of a domain is enough to import all
     /// that its manifests name.

@@ -26,6 +26,7 @@ mod locator;
 mod neighbours;
 mod operator;
 mod planning;
+mod recorded;
 mod records;
 mod reference;
 mod registrar;
@@ -43,6 +44,7 @@ pub use crate::request::{
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;
 pub use locator::Scanned;
+pub use recorded::RecordedSnapshot;
 pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
     Details, DiskReport, DomainSummary, GroupOutcome, ImportOptions, ImportReport, Listing, Member, Outcome,

@@ -12,6 +12,7 @@ use crate::hypervisor::{GuestChange, StartedDomain};
 use crate::name::{DomainName, LayerName, SnapshotName, Target};
 use crate::operation::{OperationId, OperationState};
 use crate::policy::Policy;
+use crate::service::RecordedSnapshot;
 use crate::service::viewer::SnapshotSize;
 use crate::shape::subject;
 use crate::snapshot::{Point, PointKind, Snapshot, SnapshotTree};
@@ -362,6 +363,8 @@ pub struct ImportOptions {
     /// Set to accept the claims of manifests about how the domain is reached and started, and about files
     /// outside of the disks' directories. The user has examined them.
     pub trust: bool,
+    /// Another program's records of the snapshots in the images.
+    pub recorded: Vec<RecordedSnapshot>,
 }
 
 impl ImportOptions {
@@ -377,6 +380,13 @@ impl ImportOptions {
     #[must_use]
     pub fn name(mut self, name: DomainName) -> Self {
         self.name = Some(name);
+        self
+    }
+
+    /// Names and describes the snapshots in the images as another program recorded them.
+    #[must_use]
+    pub fn recorded(mut self, recorded: Vec<RecordedSnapshot>) -> Self {
+        self.recorded = recorded;
         self
     }
 

@@ -1,11 +1,12 @@
 //! `domsnap disk serve`: one image over NBD, in a process of its own, for as long as that lives. `domsnap
-//! serve`: the disks of a snapshot (`snapshot.rs`).
+//! serve`: the disks of a snapshot (`snapshot.rs`). `domsnap mount`: what is in them (`mount.rs`).
 //!
 //! The process holds the image's locks. A snapshot that it serves gets a hold, which ends with the process.
 //! It changes nothing else of the catalogue. What only the service knows is asked of it before: whether a
 //! running domain has the image open, whether it is a frozen layer, whether other images are backed by it.
 
 mod held;
+pub mod mount;
 mod point;
 mod raw;
 mod read_only;
@@ -171,9 +172,17 @@ pub(super) fn require_writable(session: &Session, image: &Utf8Path) -> Result<()
 /// before a client can connect. The loss of a terminal does not end the server. Neither does a limit on the
 /// size of files: that fails a write.
 fn until_the_end(start: impl FnOnce() -> Result<Vec<Running>>) -> Result<()> {
+    let running = until_signalled(start)?;
+    // All of them end, also after a failure.
+    let ended: Vec<_> = running.into_iter().map(|server| server.stop().map_err(of_server)).collect();
+    ended.into_iter().collect()
+}
+
+/// Starts something, and gives it back after SIGTERM or SIGINT.
+fn until_signalled<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
     let failed = |cause| Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause);
     let runtime = Builder::new_current_thread().enable_all().build().map_err(failed)?;
-    let running = runtime.block_on(async {
+    runtime.block_on(async {
         let _lost = signal(SignalKind::hangup()).map_err(failed)?;
         let _large = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw())).map_err(failed)?;
         let mut terminated = signal(SignalKind::terminate()).map_err(failed)?;
@@ -183,11 +192,8 @@ fn until_the_end(start: impl FnOnce() -> Result<Vec<Running>>) -> Result<()> {
             _ = terminated.recv() => {}
             _ = interrupted.recv() => {}
         }
-        Ok::<_, Error>(running)
-    })?;
-    // All of them end, also after a failure.
-    let ended: Vec<_> = running.into_iter().map(|server| server.stop().map_err(of_server)).collect();
-    ended.into_iter().collect()
+        Ok(running)
+    })
 }
 
 /// Maps an error of the server.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{Content, Extent, Format, Place, Served, Server, control_path, report_ready};
 use snapcore::backend::PointImage;
-use snapcore::service::{HoldRequest, OpenDisk, OpenSnapshot, ReleaseRequest};
+use snapcore::service::{DomainRef, HoldRequest, OpenDisk, OpenSnapshot, ReleaseRequest};
 use snapcore::{Error, ErrorKind, Holder, HoldingProcess, Result, SnapshotName};
 
 use super::read_only::{ReadOnly, Readable};
@@ -28,18 +28,30 @@ use crate::units;
 /// `domsnap serve`
 pub fn run(session: &Session, args: ServeSnapshot) -> Result<Answer, Failure> {
     let directory = absolute(&args.dir)?;
+    while_held(session, &args.domain, &args.name, &format!("served at {directory}"), |holder| {
+        serve(session, &args, &directory, holder)
+    })
+}
+
+/// Does something while this process holds a snapshot.
+pub(super) fn while_held(
+    session: &Session,
+    domain: &DomainRef,
+    name: &SnapshotName,
+    reason: &str,
+    work: impl FnOnce(&Holder) -> Result<(), Failure>,
+) -> Result<Answer, Failure> {
     let process = HoldingProcess::own()?;
     let holder = Holder::new(format!("serve:{}", process.pid))?;
-    let request = HoldRequest::new(args.name.clone(), holder.clone())
-        .reason(format!("served at {directory}"))
-        .process(Some(process));
+    let request =
+        HoldRequest::new(name.clone(), holder.clone()).reason(reason.to_owned()).process(Some(process));
     // Before the disks are opened: then a delete finds either the hold or no server.
-    session.ask(session.service.hold(&args.domain, request))?;
-    let served = serve(session, &args, &directory, &holder);
+    session.ask(session.service.hold(domain, request))?;
+    let done = work(&holder);
     // If that fails, the hold ends with this process all the same.
-    let release = ReleaseRequest::new(args.name.clone(), holder).force(true);
-    let released = session.ask(session.service.release(&args.domain, release));
-    served?;
+    let release = ReleaseRequest::new(name.clone(), holder).force(true);
+    let released = session.ask(session.service.release(domain, release));
+    done?;
     released?;
     Ok(Answer::text(""))
 }

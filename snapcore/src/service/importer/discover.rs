@@ -2,11 +2,57 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::Importer;
+use super::recorded::Records;
+use super::{ImportSource, Importer};
+use crate::backend::InspectDepth;
 use crate::domain::DiskRecord;
 use crate::error::Result;
 use crate::name::{LayerName, SnapshotName, Target};
 use crate::snapshot::{Point, Snapshot, SnapshotId};
+
+/// Snapshots that only the images know.
+pub(super) struct Discovered {
+    /// The snapshots, the oldest first.
+    pub(super) snapshots: Vec<Snapshot>,
+    /// The one that another program's records call current.
+    pub(super) current: Option<SnapshotId>,
+    /// What of these records could not be used.
+    pub(super) notes: Vec<String>,
+}
+
+/// What is known of the disks before their images are asked.
+pub(super) struct Known<'a> {
+    /// Snapshots, which are not found again.
+    pub(super) snapshots: &'a [Snapshot],
+    /// Layers that are no snapshot's.
+    pub(super) orphans: &'a [(Target, LayerName)],
+    /// Snapshots of an earlier import. They are found again, and keep their identities.
+    pub(super) earlier: &'a [Snapshot],
+}
+
+impl Known<'_> {
+    /// The earlier snapshot that has this point.
+    fn was(&self, target: &Target, is_it: impl Fn(&Point) -> bool) -> Option<&Snapshot> {
+        let has = |snapshot: &&Snapshot| {
+            snapshot.disks.iter().any(|member| member.target == *target && is_it(&member.point))
+        };
+        self.earlier.iter().find(has)
+    }
+
+    /// Makes of snapshots of one disk what they were before: with their identities, descriptions and holds.
+    fn identify(&self, target: &Target, found: &mut [Snapshot]) {
+        let mut had: HashMap<SnapshotId, SnapshotId> = HashMap::new();
+        for snapshot in found {
+            snapshot.parent = snapshot.parent.map(|parent| had.get(&parent).copied().unwrap_or(parent));
+            let point = snapshot.disks.first().map(|member| member.point.clone());
+            if let Some(was) = self.was(target, |earlier| Some(earlier) == point.as_ref()) {
+                had.insert(snapshot.id, was.id);
+                let found = std::mem::replace(snapshot, was.clone());
+                (snapshot.disks, snapshot.parent) = (found.disks, found.parent);
+            }
+        }
+    }
+}
 
 /// Snapshots of several disks: those of one name, each on another disk, are one.
 #[derive(Default)]
@@ -50,27 +96,34 @@ impl Merged {
 }
 
 impl Importer {
-    /// The snapshots that the images know, and that are in neither `known` nor `orphans`. With `import`, the
-    /// disks also get the layers that were found.
+    /// The snapshots that the images have and that are not `known`. In an import, the disks also get the
+    /// layers that were found. Another program's records name and describe them.
     pub(super) async fn discover(
         &self,
         records: &mut [DiskRecord],
-        known: &[Snapshot],
-        orphans: &[(Target, LayerName)],
-        import: bool,
-    ) -> Result<Vec<Snapshot>> {
+        known: &Known<'_>,
+        source: &ImportSource,
+    ) -> Result<Discovered> {
+        let import = source.import;
         let mut merged = Merged::default();
+        let mut recorded = Records::new(&source.recorded);
         for record in records {
             let backend = self.registry.serving(&record.disk)?;
             let target = record.disk.target.clone();
-            let members = known.iter().filter_map(|snapshot| snapshot.point(&target));
-            let orphans = orphans.iter().filter(|(of, _)| *of == target);
+            let members = known.snapshots.iter().filter_map(|snapshot| snapshot.point(&target));
+            let is_orphan =
+                |layer: &LayerName| known.was(&target, |earlier| earlier.layer == *layer).is_none();
+            let orphans = known.orphans.iter().filter(|(of, layer)| *of == target && is_orphan(layer));
             let points: Vec<Point> = members
                 .map(|member| member.point.clone())
                 .chain(orphans.map(|(_, layer)| Point::external(layer.clone())))
                 .collect();
             let mut extended = record.clone();
-            let found = backend.discover(&mut extended, &points).await?;
+            let mut found = backend.discover(&mut extended, &points).await?;
+            known.identify(&target, &mut found);
+            if !recorded.is_empty() {
+                recorded.name(&mut found, &backend.inspect(&extended, InspectDepth::Layers, None).await?);
+            }
             if import {
                 *record = extended;
             }
@@ -79,8 +132,17 @@ impl Importer {
                 import || snapshot.disks.iter().all(|m| m.point.tag.is_some() && is_ours(&m.point.layer))
             });
         }
-        merged.snapshots.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
-        Ok(merged.snapshots)
+        let Merged { mut snapshots, same } = merged;
+        // Two that were one, and are not now.
+        let mut ids = HashSet::new();
+        for snapshot in &mut snapshots {
+            if !ids.insert(snapshot.id) {
+                snapshot.id = SnapshotId::fresh();
+            }
+        }
+        let (current, notes) = recorded.complete(&mut snapshots, &same);
+        snapshots.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
+        Ok(Discovered { snapshots, current, notes })
     }
 }
 

@@ -8,14 +8,15 @@
 mod adopt;
 mod discover;
 mod read;
+mod recorded;
 mod restore;
 
 use std::sync::Arc;
 
-use super::BoxFuture;
 use super::authority::{Authority, Leftovers, Manifests};
 use super::images::images_of;
 use super::records::Records;
+use super::{BoxFuture, RecordedSnapshot};
 use crate::address::DiskAddress;
 use crate::catalogue::{Entry, Revision};
 use crate::domain::{ActivePath, Disk, Domain, Hypervisor};
@@ -77,6 +78,8 @@ pub(super) struct ImportSource {
     pub trust: bool,
     /// The catalogue's entry of the domain: its content was confirmed before.
     pub known: Option<Entry>,
+    /// Another program's records of snapshots.
+    pub recorded: Vec<RecordedSnapshot>,
 }
 
 impl ImportSource {
@@ -93,6 +96,7 @@ impl ImportSource {
             import: false,
             trust: false,
             known: None,
+            recorded: Vec::new(),
         }
     }
 
@@ -110,6 +114,7 @@ impl ImportSource {
             import: false,
             trust: false,
             known: Some(entry),
+            recorded: Vec::new(),
         }
     }
 
@@ -180,17 +185,24 @@ impl Importer {
         matched: Matched,
         identity: Identity,
         adopted: Adopted,
-        restored: Restored,
+        mut restored: Restored,
         report: Report,
     ) -> Result<Imported> {
-        let Restored { mut snapshots, names: restored, current, machines } = restored;
-        let Report { notes, leftovers, unconfirmed } = report;
+        let Report { mut notes, mut leftovers, unconfirmed } = report;
         let mut records = adopted.records;
-        let orphans = matched.orphans(restored.len(), &leftovers);
-        let found = self.discover(&mut records, &snapshots, &orphans, matched.source.import).await?;
-        let newest = found.last().map(|snapshot| snapshot.id);
-        let adopted = discover::add(&mut snapshots, found)?;
+        let orphans = matched.orphans(restored.names.len(), &leftovers);
+        let earlier = match matched.source.recorded.is_empty() {
+            true => Vec::new(),
+            false => restored.take_imported(),
+        };
+        let Restored { mut snapshots, names: restored, current, machines } = restored;
+        let known = discover::Known { snapshots: &snapshots, orphans: &orphans, earlier: &earlier };
+        let found = self.discover(&mut records, &known, &matched.source).await?;
+        notes.extend(found.notes);
+        let newest = found.current.or(found.snapshots.last().map(|snapshot| snapshot.id));
+        let adopted = discover::add(&mut snapshots, found.snapshots)?;
         let tree = SnapshotTree::new(snapshots);
+        leftovers.renamed.extend(earlier.iter().map(|was| was.id).filter(|id| tree.get(*id).is_none()));
         let current = current.filter(|id| tree.get(*id).is_some());
         let current = current.or(if restored.is_empty() { newest } else { None });
         let Identity { name, unregistered, hypervisor, control, active_path, memory } = identity;

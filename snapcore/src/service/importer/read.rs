@@ -306,6 +306,10 @@ fn match_disks(
 /// The disks that a manifest describes, at the paths that were given.
 fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Disk> {
     let directory = |disk: &Disk| disk.address.directory().map(Utf8Path::to_path_buf);
+    let home = manifest.domain.disks.first().and_then(|record| directory(&record.disk));
+    let beside = source.disks.first().and_then(directory);
+    // The directory was copied: what lay in it is meant as it is in the copy, also where the original exists.
+    let is_copied = |recorded: &Disk| home != beside && directory(recorded) == home;
     manifest
         .domain
         .disks
@@ -315,17 +319,17 @@ fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Di
             let is_it = |disk: &Disk| disk.address == *address || disk.address.name() == name;
             let given = source.disks.iter().any(is_it);
             // A disk whose file is gone stays out. One whose directory is missing as well stays in: it may
-            // come back.
-            given || !address.local().is_some_and(is_gone_file)
+            // come back. One that is missing in a copy stays in too, so that its adoption says so.
+            given || is_copied(&record.disk) || !address.local().is_some_and(is_gone_file)
         })
         .map(|record| {
             let recorded = &record.disk;
             let exact = source.disks.iter().find(|disk| disk.address == recorded.address);
             let given =
                 exact.or_else(|| source.disks.iter().find(|d| d.address.name() == recorded.address.name()));
-            let address = match (given, source.disks.first().and_then(directory), recorded.local()) {
+            let address = match (given, &beside, recorded.local()) {
                 (Some(given), _, _) => given.address.clone(),
-                (None, Some(beside), Some(path)) if !path.exists() => {
+                (None, Some(beside), Some(path)) if is_copied(recorded) || !path.exists() => {
                     beside.join(recorded.address.name()).into()
                 }
                 (None, _, _) => recorded.address.clone(),

@@ -12,7 +12,7 @@ use crate::domain::{DiskRecord, Machine};
 use crate::error::Result;
 use crate::manifest::{DomainManifest, Item};
 use crate::name::{DomainName, SnapshotName};
-use crate::snapshot::{DiskPoint, Snapshot, SnapshotId};
+use crate::snapshot::{Consistency, DiskPoint, Snapshot, SnapshotId, SnapshotRole};
 use crate::state::DiskState;
 
 /// Snapshots that came from manifests.
@@ -26,6 +26,19 @@ pub(super) struct Restored {
     pub(super) current: Option<SnapshotId>,
     /// The machines that they were taken on.
     pub(super) machines: Vec<Machine>,
+}
+
+impl Restored {
+    /// Takes out the snapshots that an earlier import found in the images, so that another program's records
+    /// can name and join them.
+    pub(super) fn take_imported(&mut self) -> Vec<Snapshot> {
+        let is_imported = |snapshot: &mut Snapshot| {
+            snapshot.role == SnapshotRole::Snapshot && snapshot.consistency == Consistency::Unknown
+        };
+        let imported: Vec<Snapshot> = self.snapshots.extract_if(.., is_imported).collect();
+        self.names.retain(|name| imported.iter().all(|snapshot| snapshot.name != *name));
+        imported
+    }
 }
 
 impl Importer {

@@ -31,12 +31,13 @@ impl Registrar {
         cancel: CancellationToken,
     ) -> Result<ImportReport> {
         options.name.as_ref().map_or(Ok(()), |name| require_no_address(&self.registry, name))?;
-        let (source, owner) = self.source_of(&reference).await?;
+        let (source, owner) = self.source_of(&reference, &options).await?;
         let known = match owner {
             None => None,
             Some(owner) => self.known(&owner, &options, &cancel).await?,
         };
-        let mut imported = self.importer.import(ImportSource { trust: options.trust, ..source }).await?;
+        let source = ImportSource { trust: options.trust, recorded: options.recorded, ..source };
+        let mut imported = self.importer.import(source).await?;
         if let Some(error) = imported.unconfirmed.take() {
             return Err(error);
         }
@@ -118,7 +119,11 @@ impl Registrar {
     }
 
     /// Returns the source of an import, and the domain of the catalogue that it is already, if so.
-    async fn source_of(&self, reference: &DomainRef) -> Result<(ImportSource, Option<DomainName>)> {
+    async fn source_of(
+        &self,
+        reference: &DomainRef,
+        options: &ImportOptions,
+    ) -> Result<(ImportSource, Option<DomainName>)> {
         let (source, owner) = match &*self.locator.understood(reference)? {
             DomainRef::Live { hypervisor, address } => {
                 match self.locator.known_at(hypervisor, address).await? {
@@ -135,6 +140,16 @@ impl Registrar {
                 let (images, _) = real_images(&self.registry, given).await?;
                 let paths: Vec<_> = images.iter().map(|image| image.address.clone()).collect();
                 let owner = self.locator.owner_of(&paths).await?;
+                if owner.is_none()
+                    && let Some(moved) = self.moved_to(&paths).await?
+                    && options.name.as_ref().is_none_or(|name| *name == moved.entry.domain.name)
+                {
+                    if !options.replace {
+                        return Err(moved.unconfirmed());
+                    }
+                    let source = ImportSource { import: true, ..moved.source() };
+                    return Ok((source, Some(moved.entry.domain.name)));
+                }
                 let source = self.locator.source_of_images(&images)?;
                 let entry = match &owner {
                     Some(owner) => self.records.find(owner).await?,

@@ -3,6 +3,7 @@
 
 mod disks;
 mod import;
+mod moved;
 mod policy;
 
 use std::sync::Arc;
