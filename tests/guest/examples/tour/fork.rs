@@ -198,7 +198,7 @@ pub(super) fn act(domsnap: &Path) -> Result<()> {
     tour.run(&["import", &export, "--to", &elsewhere, "--name", "moved"])?;
     tour.run(&["list", "moved", "--tree"])?;
     let images: Vec<PathBuf> = (tour.guest.targets().iter())
-        .map(|target| Path::new(&elsewhere).join(format!("moved-{target}.qcow2")))
+        .map(|target| Path::new(&elsewhere).join(format!("{target}.qcow2")))
         .collect();
     let disks: Vec<_> =
         images.iter().enumerate().map(|(number, image)| (number, "qcow2", image.as_path())).collect();
