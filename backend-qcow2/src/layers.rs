@@ -59,6 +59,12 @@ impl ChainFormat for Qcow2Chain {
     fn mend_backing(&self) -> &'static str {
         "one of its images names a wrong backing file: mend that with 'qemu-img rebase -u'"
     }
+
+    fn rename_backing(&self, child: &Utf8Path, below: &Utf8Path, of: &str) -> String {
+        // A name without a directory, so that the next move needs no such command.
+        let name = below.file_name().unwrap_or(below.as_str());
+        shell_command(["qemu-img", "rebase", "-u", "-F", of, "-b", name, child.as_str()])
+    }
 }
 
 /// Returns the file that a backing string names, and its stated format.

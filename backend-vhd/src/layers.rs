@@ -14,7 +14,7 @@ use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::{FileId, file_id, io_error, is_of_catalogue, is_passing_name};
 use snapcore::backend::{Base, DiskState, Layer, Undetermined};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Result, shell_command};
 
 use crate::image::{self, DiskType, OpenOptions, UniqueId, Vhd, find_parent};
 
@@ -52,6 +52,10 @@ impl ChainFormat for VhdChain {
 
     fn mend_backing(&self) -> &'static str {
         "one of its images has the unique id of another: a copied image needs an id of its own"
+    }
+
+    fn rename_backing(&self, child: &Utf8Path, below: &Utf8Path, _of: &str) -> String {
+        shell_command(["domsnap", "disk", "relocate", child.as_str(), below.as_str()])
     }
 }
 

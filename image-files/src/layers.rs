@@ -76,6 +76,10 @@ pub trait ChainFormat {
 
     /// Advice for an image that names a wrong backing file.
     fn mend_backing(&self) -> &'static str;
+
+    /// The command by which an image names `below`, a file of the format `of`, in place of its backing file,
+    /// and nothing else is changed.
+    fn rename_backing(&self, child: &Utf8Path, below: &Utf8Path, of: &str) -> String;
 }
 
 /// Returns the file by which a layer opens: its permanent name, or the configured path if it has none yet.
@@ -339,7 +343,7 @@ impl Reader<'_> {
         layer.internal = facts.internal;
         let mut backing = None;
         if let Some((below, format)) = facts.backing {
-            self.confine(file, &below)?;
+            self.confine(file, &below, &format)?;
             backing = Some((name_of(self.record.disk.path(), &below), format));
         }
         layer.backing = backing.as_ref().map(|(name, _)| name.clone());
@@ -347,7 +351,7 @@ impl Reader<'_> {
     }
 
     /// Refuses a backing file outside of the disk's own directory and the directories that the user allows.
-    fn confine(&self, child: &Utf8Path, file: &Utf8Path) -> Result<()> {
+    fn confine(&self, child: &Utf8Path, file: &Utf8Path, format: &str) -> Result<()> {
         let plain = std::fs::symlink_metadata(file).is_ok_and(|metadata| !metadata.is_symlink());
         if plain && file.parent() == self.record.disk.path().parent() {
             return Ok(());
@@ -362,6 +366,18 @@ impl Reader<'_> {
         if allowed || self.record.owned.iter().any(|layer| layer_path(self.record.disk.path(), layer) == file)
         {
             return Ok(());
+        }
+        let beside = child.parent().zip(file.file_name()).map(|(here, name)| here.join(name));
+        let is_moved =
+            std::fs::symlink_metadata(file).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+        // A name alone proves nothing: whether it is the file that was meant, the user must know.
+        if let Some(beside) = beside.filter(|beside| is_moved && beside.exists()) {
+            let message =
+                format!("{child} names the backing file {file}, which does not exist, and {beside} does");
+            return Err(Error::new(ErrorKind::Refused, message).state("no changes made").advise(format!(
+                "if the images were moved here together, and {beside} is as it was: `{}`",
+                self.format.rename_backing(child, &beside, format)
+            )));
         }
         let directory = found.parent().unwrap_or(&found).to_owned();
         Err(Error::new(

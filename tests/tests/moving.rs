@@ -375,6 +375,25 @@ fn killed_repair_can_be_repeated() -> Result<()> {
     Ok(())
 }
 
+/// A chain of another program has the earlier path in its images: the error has the command that mends it.
+#[test]
+fn moved_chain_of_others_is_mended_by_the_command_of_the_error() -> Result<()> {
+    let place = Place::new()?;
+    let (base, top) = (place.image("root"), place.vm().join("top.qcow2"));
+    place.write(7)?;
+    qemu::img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &text(&base), &text(&top)])?;
+    let now = place.dir.path().join("srv/other place");
+    fs::rename(place.vm(), &now)?;
+    let top = now.join("top.qcow2");
+    let refused =
+        place.domsnap().run(&["import", &text(&top), "--name", "shop"])?.expect_status(status::REFUSED)?;
+    let command = refused.stderr.split('`').nth(1).context("a command")?.to_owned();
+    qemu::run("sh", &["-c", &command]).with_context(|| refused.to_string())?;
+    place.domsnap().done(&["import", &text(&top), "--name", "shop"])?;
+    ensure!(read(&top)? == 7, "the image shows something else");
+    Ok(())
+}
+
 /// The commands of the guide's page, each run as it is written there.
 #[test]
 fn every_command_of_the_page_runs() -> Result<()> {

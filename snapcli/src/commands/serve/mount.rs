@@ -230,13 +230,13 @@ impl Mounted {
     }
 
     fn mount_part(&mut self, file: &Utf8Path, part: &Part, kind: &str, directory: &Utf8Path) -> Result<()> {
+        if kind == "btrfs" {
+            refuse_twin(file, part)?;
+        }
         self.place.make(directory.to_owned())?;
         let (offset, bytes) = (part.offset.to_string(), part.bytes.to_string());
         let attach = ["--find", "--show", "--offset", &offset, "--sizelimit", &bytes, file.as_str()];
         let device = tool("losetup", &attach)?.trim().to_owned();
-        if kind == "btrfs" {
-            refuse_twin(file, part)?;
-        }
         // XFS refuses a second file system of one UUID, and the guest's may be mounted elsewhere.
         let options = if kind == "xfs" { format!("{OPTIONS},nouuid") } else { OPTIONS.to_owned() };
         let mounted = tool("mount", &["-t", kind, "-o", &options, "--", &device, directory.as_str()]);
@@ -247,22 +247,23 @@ impl Mounted {
         detached.map(drop)
     }
 
-    /// Unmounts all. What is in use stays, and says so.
+    /// Unmounts all. What is in use is detached, and its users get errors.
+    ///
+    /// # Errors
+    /// That of the last one that was in use.
     fn end(mut self) -> Result<()> {
-        self.unmount(&[])
+        self.unmount()
     }
 
-    fn unmount(&mut self, options: &[&str]) -> Result<()> {
+    fn unmount(&mut self) -> Result<()> {
         let mut failed = None;
-        while let Some(directory) = self.mounts.last() {
-            let args = [options, &["--", directory.as_str()]].concat();
-            if let Err(error) = tool("umount", &args) {
+        while let Some(directory) = self.mounts.pop() {
+            if let Err(error) = tool("umount", &["--", directory.as_str()]) {
                 // A program has a file of it open, or is in it. It reads errors from now on.
                 let _ = tool("umount", &["--lazy", "--", directory.as_str()]);
                 failed =
                     Some(error.context(format!("{directory} was in use: its users get errors from now on")));
             }
-            self.mounts.pop();
         }
         if let Some(files) = self.files.take() {
             let path = self.place.path.join(FILES);
@@ -276,7 +277,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = self.unmount(&[]);
+        let _ = self.unmount();
     }
 }
 
