@@ -46,7 +46,8 @@ pub fn check(session: &Session, args: Check) -> Result<Answer, Failure> {
 /// The images that are gone from where the catalogue has them, and where they seem to be.
 fn found_at(domain: &DomainRef, images: &[DiskAddress]) -> Finding {
     let message = format!(
-        "its images seem to be {} now; `domsnap check {domain} --repair` records that",
+        "its images seem to be {} now; unless their file system is only not mounted, `domsnap check {domain} --repair` \
+         records that",
         joined(images)
     );
     Finding::new(Severity::Note, domain.to_string(), message)

@@ -41,8 +41,10 @@ impl Moved {
         let old = joined(self.entry.domain.disks.iter().map(|record| &record.disk.address));
         Error::new(
             ErrorKind::Refused,
-            format!("manifests beside {images} say that these are the images of domain {name}, which the catalogue \
-                     has at {}, where they are gone", old),
+            format!(
+                "manifests beside {images} say that these are the images of domain {name}, which the catalogue has \
+                 at {old}, where they are gone"
+            ),
         )
         .state("no changes made")
         .advise(format!(
@@ -78,7 +80,9 @@ impl Registrar {
         let Some(catalogue) = self.records.identity().await? else { return Ok(moved) };
         for beside in self.authority.beside(directory).await? {
             let name = &beside.manifest.domain.name;
-            if wanted.is_some_and(|wanted| wanted.domain.name != *name) {
+            // What a search finds was written by this user. Anyone can write what these files say.
+            let is_own = || directory_is_own(Utf8Path::new(beside.manifests.place()));
+            if wanted.is_some_and(|wanted| wanted.domain.name != *name || !is_own()) {
                 continue;
             }
             let Some(entry) = self.records.find(name).await? else { continue };
@@ -132,6 +136,12 @@ impl Registrar {
         }
         Ok(found.into_iter().collect())
     }
+}
+
+/// Returns true for a directory of this user, and no link to one.
+fn directory_is_own(path: &Utf8Path) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    path.symlink_metadata().is_ok_and(|about| about.is_dir() && about.uid() == own)
 }
 
 /// Returns true if an image does not exist, or its directory does not.
