@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -217,6 +218,15 @@ fn mounts_end_and_are_refused_with_a_reason() -> Result<()> {
     let refused =
         place.domsnap().run(&["mount", "shop", "monday", &full_arg])?.expect_status(status::REFUSED)?;
     ensure!(refused.stderr.contains("not empty"), "{refused}");
+    // In a directory that every user can write to, a link could be put in place of what is mounted.
+    let open = place.dir.path().join("open");
+    fs::create_dir(&open)?;
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777))?;
+    let inside = open.join("m");
+    let inside_arg = inside.display().to_string();
+    let refused =
+        place.domsnap().run(&["mount", "shop", "monday", &inside_arg])?.expect_status(status::REFUSED)?;
+    ensure!(refused.stderr.contains("every user") && !inside.exists(), "{refused}");
     // Neither file system nor partitions: what vdb has now was overwritten.
     place.domsnap().done(&["create", "shop", "tuesday"])?;
     let dir = place.dir.path().join("m");

@@ -31,6 +31,7 @@ use crate::commands::domain::absolute;
 use crate::documents::{MountDoc, MountedDoc};
 use crate::failure::Failure;
 use crate::session::Session;
+use crate::trusted::require_own;
 
 /// The directory of the disks' files, inside of the one that the user names.
 const FILES: &str = ".disks";
@@ -146,6 +147,8 @@ impl MountDirectory {
             }
             Err(_) => place.make(path.to_owned())?,
         }
+        // What is mounted is named by path: whoever could put a link in its place would choose where.
+        require_own(path, "the directory", "have file systems mounted anywhere")?;
         Ok(place)
     }
 
