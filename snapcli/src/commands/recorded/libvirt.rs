@@ -26,6 +26,10 @@ pub(super) fn parse(text: &str) -> Parsed {
     let external: Vec<Node<'_, '_>> = elements(root, &["disks", "disk"])
         .filter(|disk| disk.attribute("snapshot") == Some("external"))
         .collect();
+    // A tag of this name may be another program's, where this one made overlays alone. Old records list no
+    // disks.
+    let is_internal = external.is_empty()
+        || elements(root, &["disks", "disk"]).any(|disk| disk.attribute("snapshot") == Some("internal"));
     let overlays = external.iter().filter_map(|disk| file_of(*disk)).collect();
     // The configuration is that of before the snapshot: its images are frozen now.
     let frozen = elements(root, &["domain", "devices", "disk"])
@@ -50,7 +54,7 @@ pub(super) fn parse(text: &str) -> Parsed {
         .created(created)
         .description(text_of(root, &["description"]).map(str::to_owned))
         .current(text_of(root, &["active"]) == Some("1"))
-        .tag(Some(name.to_owned()))
+        .tag(is_internal.then(|| name.to_owned()))
         .overlays(overlays)
         .frozen(frozen)
         .memory(memory))
@@ -131,7 +135,6 @@ lines</description>
             .created(Timestamp::from_second(1_764_500_000).ok())
             .description(Some("two\nlines".to_owned()))
             .current(true)
-            .tag(Some("before update".to_owned()))
             .overlays(vec!["/srv/web.before".into()])
             .frozen(vec!["/srv/web.qcow2".into()]);
         assert_eq!(record, wanted);
