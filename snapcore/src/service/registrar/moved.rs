@@ -12,6 +12,7 @@ use crate::backend::is_gone_file;
 use crate::catalogue::Entry;
 use crate::domain::Disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::ManifestStore;
 use crate::service::DomainRef;
 use crate::service::importer::ImportSource;
 use crate::shell::shell_word;
