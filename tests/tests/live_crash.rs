@@ -45,11 +45,6 @@ fn under_y(live: &mut Live) -> Result<()> {
     Ok(())
 }
 
-/// A revert has kept the state that it replaced, memory too.
-fn reverted(live: &mut Live) -> Result<()> {
-    live.revert("outside", &["--undo=memory"]).map(drop)
-}
-
 const CREATE_EXTERNAL: Operation =
     Operation { args: &["create", "x", "--external"], takes: Some("x"), deletes: None, again: without_x };
 const CREATE_COMPRESSED: Operation = Operation {
@@ -70,7 +65,6 @@ const REVERT_INSIDE: Operation =
     Operation { args: &["revert", "inside"], takes: None, deletes: None, again: nothing };
 const REVERT_DISKS: Operation =
     Operation { args: &["revert", "disks"], takes: None, deletes: None, again: nothing };
-const UNDO: Operation = Operation { args: &["undo"], takes: None, deletes: None, again: reverted };
 const DELETE_ACTIVE: Operation =
     Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
 const DELETE_FROZEN: Operation =
@@ -94,7 +88,6 @@ killed! {
     domsnap_dies_in_a_revert_to_an_external_snapshot: REVERT_OUTSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_to_an_internal_snapshot: REVERT_INSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_without_memory: REVERT_DISKS, Domsnap, 1, 1;
-    domsnap_dies_in_an_undo: UNDO, Domsnap, 0, 1;
     domsnap_dies_in_a_merge_of_the_active_image: DELETE_ACTIVE, Domsnap, 0, 1;
     domsnap_dies_in_a_delete_inside_a_frozen_image: DELETE_FROZEN, Domsnap, 0, 1;
     qemu_dies_in_a_create: CREATE_EXTERNAL, Qemu, 0, 2;

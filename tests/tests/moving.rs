@@ -320,17 +320,17 @@ fn copies_are_not_taken_for_a_moved_domain() -> Result<()> {
     other.done(&["create", "shop", "s3"])?;
     // From here on the copies are older than the catalogue.
     place.domsnap().done(&["create", "shop", "s3"])?;
-    let away = place.dir.path().join("away");
+    let away = beside("away");
     fs::rename(place.vm(), &away)?;
-    // Away is nearer than three levels, so it is found; the two others are not.
     let found = place.domsnap().run(&["check", "shop"])?.expect_status(status::FAILED)?;
     ensure!(!found.stdout.contains("srv/older") && !found.stdout.contains("srv/others"), "{found}");
+    ensure!(found.stdout.contains("srv/away"), "{found}");
     // Nor is what another user could have written.
     let manifests = away.join("root.qcow2.domsnap");
     std::os::unix::fs::chown(&manifests, Some(12345), None)?;
-    ensure!(!place.domsnap().run(&["check", "shop"])?.stdout.contains("away"), "another user's is taken");
+    ensure!(!place.domsnap().run(&["check", "shop"])?.stdout.contains("srv/away"), "another user's is taken");
     std::os::unix::fs::chown(&manifests, Some(0), None)?;
-    ensure!(place.domsnap().run(&["check", "shop"])?.stdout.contains("away"));
+    ensure!(place.domsnap().run(&["check", "shop"])?.stdout.contains("srv/away"));
     domsnap_tests::domain::copy_tree(&away, &beside("second"))?;
     domsnap_tests::domain::copy_tree(&away, &beside("third"))?;
     fs::remove_dir_all(&away)?;

@@ -57,6 +57,35 @@ struct Stopped {
 }
 
 impl Stopped {
+    /// Stops `domsnap` before the operation that `choose` counts. A checkpoint of the catalogue may come
+    /// earlier or later than in the run that was counted, and is many operations: where the domain is not
+    /// locked then, it is tried again.
+    fn amid(
+        domain: &mut Domain,
+        args: &[String],
+        choose: impl Fn(&Domain, &[String]) -> Result<u64>,
+    ) -> Result<Stopped> {
+        let (outputs, _) = shim::outputs()?;
+        let copy = outputs.path().join("whole");
+        domain.save_to(&copy)?;
+        for _ in 0..5 {
+            let stopped = Stopped::before(domain, args, choose(domain, args)?)?;
+            if stopped.has_lock()? {
+                return Ok(stopped);
+            }
+            stopped.finish()?;
+            domain.restore_from(&copy)?;
+        }
+        anyhow::bail!("it was never stopped with the domain's lock")
+    }
+
+    fn has_lock(&self) -> Result<bool> {
+        let pid = self.child.as_ref().context("it was finished")?.id();
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?;
+        let mut files = open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        Ok(files.any(|file| file.ends_with("locks/guest.lock")))
+    }
+
     /// Starts `domsnap` with `args` and waits until it is paused just before operation `number`.
     fn before(domain: &Domain, args: &[String], number: u64) -> Result<Stopped> {
         let domsnap = shim::stopping(shim::watching(domain.domsnap(), domain.root())?, number);
@@ -104,13 +133,13 @@ fn operation(domain: &Domain, args: &[String], part: &str) -> Result<u64> {
     Ok(found.with_context(|| format!("no {part:?} in {operations:?}"))?.number)
 }
 
-/// The operation in the middle of the writes to an image: threads may need an operation more or less before
-/// it than in the run that was counted.
-fn amid_writes(domain: &Domain, args: &[String], image: &str) -> Result<u64> {
+/// The operation in the middle of the writes to images: threads may need an operation more or less before it
+/// than in the run that was counted.
+fn amid_writes(domain: &Domain, args: &[String]) -> Result<u64> {
     let operations = counted(domain, args)?;
-    let start = format!("write {image} ");
-    let writes: Vec<_> = operations.iter().filter(|operation| operation.line.starts_with(&start)).collect();
-    ensure!(writes.len() > 2, "{} writes to {image} in {operations:?}", writes.len());
+    let is_of_image = |line: &str| line.starts_with("write disks/") && line.contains(".qcow2 at ");
+    let writes: Vec<_> = operations.iter().filter(|operation| is_of_image(&operation.line)).collect();
+    ensure!(writes.len() > 2, "{} writes to images in {operations:?}", writes.len());
     Ok(writes[writes.len() / 2].number)
 }
 
@@ -131,7 +160,7 @@ mod others {
     fn second_domsnap_is_refused() -> Result<()> {
         let mut domain = line(2, &["external"])?;
         let args = domain.create_args("first", "external");
-        let stopped = Stopped::before(&domain, &args, operation(&domain, &args, "disks/")?)?;
+        let stopped = Stopped::amid(&mut domain, &args, |domain, args| operation(domain, args, "disks/"))?;
         for second in
             [domain.create_args("second", "internal"), vec!["revert".into(), NAME.into(), "s1".into()]]
         {
@@ -170,7 +199,7 @@ mod others {
     fn a_qemu_is_refused_while_we_hold_the_image() -> Result<()> {
         let mut domain = line(1, &[])?;
         let args = domain.create_args("s1", "internal");
-        let stopped = Stopped::before(&domain, &args, amid_writes(&domain, &args, "disks/vda.qcow2")?)?;
+        let stopped = Stopped::amid(&mut domain, &args, amid_writes)?;
         let refused = Command::new("qemu-io")
             .args(["-f", "qcow2", "-c", "write 0 512"])
             .arg(domain.path("vda"))
