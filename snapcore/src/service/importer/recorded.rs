@@ -53,6 +53,9 @@ impl<'a> Records<'a> {
         snapshots: &mut [Snapshot],
         merged: &HashMap<SnapshotId, SnapshotId>,
     ) -> (Option<SnapshotId>, Vec<String>) {
+        if self.records.is_empty() {
+            return (None, Vec::new());
+        }
         let mut ids: HashMap<usize, SnapshotId> = HashMap::new();
         for (of_disk, place) in &self.described {
             ids.extend(merged.get(of_disk).map(|id| (*place, *id)));
@@ -119,15 +122,17 @@ fn describes(record: &RecordedSnapshot, snapshot: &Snapshot, state: &DiskState) 
     is_below || state.layer(&point.layer).is_some_and(is_frozen)
 }
 
-/// Makes roots of snapshots that would be their own ancestors.
+/// Makes roots of snapshots that would be their own ancestors. Each is visited once: an image may have very
+/// many.
 fn break_loops(snapshots: &mut [Snapshot]) {
     let mut parents: HashMap<SnapshotId, SnapshotId> =
         snapshots.iter().filter_map(|snapshot| Some((snapshot.id, snapshot.parent?))).collect();
+    let mut safe = HashSet::new();
     for snapshot in snapshots {
-        let mut seen = HashSet::from([snapshot.id]);
+        let mut way = HashSet::from([snapshot.id]);
         let mut next = parents.get(&snapshot.id);
-        while let Some(parent) = next {
-            if !seen.insert(*parent) {
+        while let Some(parent) = next.filter(|parent| !safe.contains(*parent)) {
+            if !way.insert(*parent) {
                 snapshot.parent = None;
                 break;
             }
@@ -135,6 +140,9 @@ fn break_loops(snapshots: &mut [Snapshot]) {
         }
         if snapshot.parent.is_none() {
             parents.remove(&snapshot.id);
+            safe.insert(snapshot.id);
+        } else {
+            safe.extend(way);
         }
     }
 }
