@@ -4,7 +4,7 @@ use anstyle::{AnsiColor, Style};
 use snapcore::backend::{Finding, Severity};
 use snapcore::catalogue::OperationState;
 use snapcore::service::{DomainRef, ImportOptions, RecoveryEnd, RecoveryReport};
-use snapcore::{DiskAddress, Error, ErrorKind};
+use snapcore::{Error, ErrorKind};
 
 use crate::answer::Answer;
 use crate::args::{Check, Recover};
@@ -44,35 +44,24 @@ pub fn check(session: &Session, args: Check) -> Result<Answer, Failure> {
 }
 
 /// The images that are gone from where the catalogue has them, and where they seem to be.
-fn found_at(domain: &DomainRef, images: &[DiskAddress]) -> Finding {
+fn found_at(domain: &DomainRef, images: &DomainRef) -> Finding {
     let message = format!(
-        "its images seem to be {} now; unless their file system is only not mounted, `domsnap check {domain} --repair` \
-         records that",
-        joined(images)
+        "its images seem to be {images} now; unless their file system is only not mounted, `domsnap check {domain} \
+         --repair` records that"
     );
     Finding::new(Severity::Note, domain.to_string(), message)
 }
 
-fn joined(images: &[DiskAddress]) -> String {
-    images.iter().map(DiskAddress::as_str).collect::<Vec<_>>().join(",")
-}
-
 /// Records the place to which the images of a domain were moved. Returns what was done.
-fn follow(
-    session: &Session,
-    domain: &DomainRef,
-    places: &[Vec<DiskAddress>],
-) -> Result<Option<String>, Failure> {
+fn follow(session: &Session, domain: &DomainRef, places: &[DomainRef]) -> Result<Option<String>, Failure> {
     match places {
         [] => Ok(None),
         [images] => {
-            let images = joined(images);
-            let moved = DomainRef::parse(&images)?;
-            session.change(session.service.import(&moved, ImportOptions::default().replace()))?;
+            session.change(session.service.import(images, ImportOptions::default().replace()))?;
             Ok(Some(format!("was moved, and its images are {images} now")))
         }
         many => {
-            let all: Vec<String> = many.iter().map(|images| joined(images)).collect();
+            let all: Vec<String> = many.iter().map(DomainRef::to_string).collect();
             let message = format!("the images of {domain} may have been moved to any of: {}", all.join("; "));
             Err(Error::new(ErrorKind::Refused, message)
                 .state("no changes made")

@@ -717,11 +717,11 @@ impl Domsnap {
     }
 
     /// Searches the places where the images of a domain may have been moved to, near where they were. Returns
-    /// each as the list of its images, which an import that replaces the domain takes. Changes nothing.
+    /// the images in each, which an import that replaces the domain takes. Changes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where the catalogue does not have the domain.
-    pub async fn find_moved(&self, domain: &DomainRef) -> Result<Vec<Vec<DiskAddress>>> {
+    pub async fn find_moved(&self, domain: &DomainRef) -> Result<Vec<DomainRef>> {
         self.rooms.registrar.find_moved(domain).await
     }
 

@@ -41,7 +41,7 @@ impl Authority {
         Ok(found
             .into_iter()
             .map(|(manifests, manifest)| {
-                let records = records_beside(Utf8Path::new(manifests.place()), &manifest.domain);
+                let records = records_at(Utf8Path::new(manifests.place()).parent(), &manifest.domain);
                 Beside { manifests, records, manifest }
             })
             .collect())
@@ -162,11 +162,11 @@ fn manifests_in(directory: &Utf8Path) -> Vec<(ManifestDirectory, DomainManifest)
     found
 }
 
-/// The disks of `domain`, whose manifests are in `directory`. Those that lay with the first one are beside
-/// the manifests, also where the directory was moved or copied. The others are at the recorded paths.
-fn records_beside(directory: &Utf8Path, domain: &Domain) -> Vec<DiskRecord> {
+/// The disks of `domain`, as its manifests describe it, where its first disk is in the directory `here`.
+/// Those that lay with the first one are there too, also where the directory was moved or copied. The others
+/// are at the recorded paths.
+pub(in crate::service) fn records_at(here: Option<&Utf8Path>, domain: &Domain) -> Vec<DiskRecord> {
     let home = domain.disks.first().and_then(|record| record.disk.address.directory());
-    let here = directory.parent();
     let at = |record: &DiskRecord| match (here, record.disk.local().and_then(Utf8Path::file_name)) {
         (Some(here), Some(name)) if record.disk.address.directory() == home => here.join(name).into(),
         _ => record.disk.address.clone(),

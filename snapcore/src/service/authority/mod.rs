@@ -23,7 +23,7 @@ use crate::name::DomainName;
 use crate::registry::Registry;
 use crate::snapshot::SnapshotId;
 
-pub(super) use beside::layer_among;
+pub(super) use beside::{Beside, layer_among, records_at};
 use known::KnownManifests;
 
 /// The manifests of one domain, shared by the parts of one command.

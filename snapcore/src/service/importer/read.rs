@@ -13,7 +13,7 @@ use crate::host::Host;
 use crate::hypervisor::{Control, MemoryStore};
 use crate::manifest::{DomainManifest, Found, Item};
 use crate::name::{DomainName, LayerName, Target};
-use crate::service::authority::{Leftovers, Manifests};
+use crate::service::authority::{Leftovers, Manifests, records_at};
 use crate::service::images::images_of;
 
 /// Disks, and the manifests that were found to be theirs.
@@ -305,36 +305,26 @@ fn match_disks(
 
 /// The disks that a manifest describes, at the paths that were given.
 fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Disk> {
-    let directory = |disk: &Disk| disk.address.directory().map(Utf8Path::to_path_buf);
-    let home = manifest.domain.disks.first().and_then(|record| directory(&record.disk));
-    let beside = source.disks.first().and_then(directory);
-    // The directory was copied: what lay in it is meant as it is in the copy, also where the original exists.
-    let is_copied = |recorded: &Disk| home != beside && directory(recorded) == home;
-    manifest
-        .domain
-        .disks
-        .iter()
-        .filter(|record| {
-            let (address, name) = (&record.disk.address, record.disk.address.name());
-            let is_it = |disk: &Disk| disk.address == *address || disk.address.name() == name;
-            let given = source.disks.iter().any(is_it);
-            // A disk whose file is gone stays out. One whose directory is missing as well stays in: it may
-            // come back. One that is missing in a copy stays in too, so that its adoption says so.
-            given || is_copied(&record.disk) || !address.local().is_some_and(is_gone_file)
-        })
-        .map(|record| {
-            let recorded = &record.disk;
-            let exact = source.disks.iter().find(|disk| disk.address == recorded.address);
-            let given =
-                exact.or_else(|| source.disks.iter().find(|d| d.address.name() == recorded.address.name()));
-            let address = match (given, &beside, recorded.local()) {
-                (Some(given), _, _) => given.address.clone(),
-                (None, Some(beside), Some(path)) if is_copied(recorded) || !path.exists() => {
-                    beside.join(recorded.address.name()).into()
-                }
-                (None, _, _) => recorded.address.clone(),
-            };
-            Disk { address, ..recorded.clone() }
-        })
-        .collect()
+    let beside = source.disks.first().and_then(|disk| disk.address.directory());
+    let at = |(record, here): (&DiskRecord, DiskRecord)| {
+        let (recorded, address) = (&record.disk, here.disk.address);
+        let (exact, named) = (
+            source.disks.iter().find(|disk| disk.address == recorded.address),
+            source.disks.iter().find(|disk| disk.address.name() == recorded.address.name()),
+        );
+        if let Some(given) = exact.or(named) {
+            return Some(Disk { address: given.address.clone(), ..recorded.clone() });
+        }
+        // A disk whose file is gone stays out. One whose directory is missing as well stays in: it may come
+        // back. One that is missing in a copy stays in too, so that its adoption says so.
+        if address == recorded.address && address.local().is_some_and(is_gone_file) {
+            return None;
+        }
+        let address = match (beside, address.local()) {
+            (Some(beside), Some(path)) if !path.exists() => beside.join(address.name()).into(),
+            _ => address,
+        };
+        Some(Disk { address, ..recorded.clone() })
+    };
+    manifest.domain.disks.iter().zip(records_at(beside, &manifest.domain)).filter_map(at).collect()
 }

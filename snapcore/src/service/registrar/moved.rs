@@ -1,7 +1,7 @@
 //! Domains whose images were moved: found by what the manifests beside the images say of the catalogue, of
 //! the domain and of its revision, never by a name alone.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -9,13 +9,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::{Registrar, not_catalogued};
 use crate::address::DiskAddress;
 use crate::backend::is_gone_file;
-use crate::catalogue::Entry;
-use crate::domain::Disk;
+use crate::catalogue::{CatalogueId, Entry};
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::ManifestStore;
 use crate::service::DomainRef;
+use crate::service::authority::Beside;
+use crate::service::images::images_of;
 use crate::service::importer::ImportSource;
-use crate::shell::shell_word;
 
 /// How deep directories are searched, from the nearest one that is left of the domain's own.
 const DEPTH: usize = 3;
@@ -25,21 +26,49 @@ const MAX_DIRECTORIES: usize = 20_000;
 
 /// A domain of the catalogue, and where its disks seem to be now.
 pub(super) struct Moved {
+    /// What the catalogue has of it.
     pub(super) entry: Entry,
-    /// All its disks: those that were moved, and those that stayed.
-    pub(super) disks: Vec<Disk>,
+    /// The domain with all its disks: those that were moved, and those that stayed.
+    now: Domain,
 }
 
 impl Moved {
+    /// What `beside` says of a domain of `catalogue`, if its images are there and gone from where the
+    /// catalogue has them.
+    fn by(beside: &Beside, catalogue: CatalogueId, entry: &Entry) -> Option<Self> {
+        let manifest = &beside.manifest;
+        // The same catalogue wrote them, of this domain as it is: they are neither an older copy, nor newer
+        // than a catalogue that was brought back from a backup, nor another domain's of this name.
+        if manifest.catalogue != Some(catalogue)
+            || manifest.domain.name != entry.domain.name
+            || manifest.revision != entry.revision
+        {
+            return None;
+        }
+        let mut now = entry.domain.clone();
+        for record in &mut now.disks {
+            let here = beside.records.iter().find(|here| here.disk.target == record.disk.target)?;
+            let address = &here.disk.address;
+            if *address == record.disk.address {
+                continue;
+            }
+            address.inode()?;
+            record.disk.local().filter(|path| is_missing(path))?;
+            record.disk.address = address.clone();
+        }
+        (now.disks != entry.domain.disks).then(|| Self { entry: entry.clone(), now })
+    }
+
     /// The source of an import from the new place. What the catalogue has of the domain stays.
     pub(super) fn source(&self) -> ImportSource {
-        ImportSource { disks: self.disks.clone(), ..ImportSource::of_entry(self.entry.clone()) }
+        let disks = self.now.disks.iter().map(|record| record.disk.clone()).collect();
+        ImportSource { disks, ..ImportSource::of_entry(self.entry.clone()) }
     }
 
     /// The error for an import of these images by a user who did not say that they were moved.
     pub(super) fn unconfirmed(&self) -> Error {
-        let (name, images) = (&self.entry.domain.name, self.images());
-        let old = joined(self.entry.domain.disks.iter().map(|record| &record.disk.address));
+        let (name, old, images) =
+            (&self.entry.domain.name, images_of(&self.entry.domain), images_of(&self.now));
         Error::new(
             ErrorKind::Refused,
             format!(
@@ -53,89 +82,49 @@ impl Moved {
              name: `domsnap import --name NEW {images}`"
         ))
     }
-
-    fn images(&self) -> String {
-        joined(self.disks.iter().map(|disk| &disk.address))
-    }
-}
-
-/// Images as one word of a command line.
-fn joined<'a>(images: impl Iterator<Item = &'a DiskAddress>) -> String {
-    shell_word(&images.map(DiskAddress::as_str).collect::<Vec<_>>().join(","))
 }
 
 impl Registrar {
     /// The domain of the catalogue that `images` are, if its own images are gone.
     pub(super) async fn moved_to(&self, images: &[DiskAddress]) -> Result<Option<Moved>> {
         let Some(directory) = images.first().and_then(DiskAddress::directory) else { return Ok(None) };
-        let found = self.moved_into(directory, None).await?;
-        Ok(found
-            .into_iter()
-            .find(|moved| images.iter().all(|image| moved.disks.iter().any(|disk| disk.address == *image))))
-    }
-
-    /// The domains whose images are in a directory, and gone from where the catalogue has them. With
-    /// `wanted`, this one alone.
-    async fn moved_into(&self, directory: &Utf8Path, wanted: Option<&Entry>) -> Result<Vec<Moved>> {
-        let mut moved = Vec::new();
-        let Some(catalogue) = self.records.identity().await? else { return Ok(moved) };
+        let Some(catalogue) = self.records.identity().await? else { return Ok(None) };
         for beside in self.authority.beside(directory).await? {
-            let name = &beside.manifest.domain.name;
-            // What a search finds was written by this user. Anyone can write what these files say.
-            let is_own = || directory_is_own(Utf8Path::new(beside.manifests.place()));
-            if wanted.is_some_and(|wanted| wanted.domain.name != *name || !is_own()) {
-                continue;
-            }
-            let Some(entry) = self.records.find(name).await? else { continue };
-            // The same catalogue wrote them, of this domain, and not later than it knows: neither an older
-            // backup of the catalogue, nor another domain of this name.
-            if !beside.manifest.is_known_to(catalogue, &entry)
-                || beside.manifest.catalogue != Some(catalogue)
-                || beside.manifest.revision != entry.revision
-            {
-                continue;
-            }
-            let now = |record: &crate::domain::DiskRecord| {
-                let here = beside.records.iter().find(|here| here.disk.target == record.disk.target)?;
-                let address = &here.disk.address;
-                let stays = *address == record.disk.address;
-                let is_here = stays || address.inode().is_some();
-                let was_left = stays || record.disk.local().is_some_and(is_missing);
-                (is_here && was_left).then(|| Disk { address: address.clone(), ..record.disk.clone() })
-            };
-            let disks: Option<Vec<Disk>> = entry.domain.disks.iter().map(now).collect();
-            let Some(disks) = disks else { continue };
-            let has_moved =
-                disks.iter().zip(&entry.domain.disks).any(|(now, was)| now.address != was.disk.address);
-            if has_moved {
-                moved.push(Moved { entry, disks });
+            let Some(entry) = self.records.find(&beside.manifest.domain.name).await? else { continue };
+            let Some(moved) = Moved::by(&beside, catalogue, &entry) else { continue };
+            let has =
+                |image: &DiskAddress| moved.now.disks.iter().any(|record| record.disk.address == *image);
+            if images.iter().all(has) {
+                return Ok(Some(moved));
             }
         }
-        Ok(moved)
+        Ok(None)
     }
 
-    /// Searches the places where a domain's images may have been moved to. Returns each as a list of images.
-    pub(in crate::service) async fn find_moved(
-        &self,
-        reference: &DomainRef,
-    ) -> Result<Vec<Vec<DiskAddress>>> {
+    /// Searches the places where a domain's images may have been moved to. Returns the images in each.
+    pub(in crate::service) async fn find_moved(&self, reference: &DomainRef) -> Result<Vec<DomainRef>> {
         let DomainRef::Name(name) = reference else { return Ok(Vec::new()) };
         let entry = self.records.find(name).await?.ok_or_else(|| not_catalogued(reference))?;
         let first =
             entry.domain.disks.iter().find_map(|record| record.disk.local().filter(|path| is_missing(path)));
         let Some(parent) = first.and_then(Utf8Path::parent) else { return Ok(Vec::new()) };
+        let Some(catalogue) = self.records.identity().await? else { return Ok(Vec::new()) };
         let parent = parent.to_owned();
         let directories =
             tokio::task::spawn_blocking(move || directories_near(&parent)).await.map_err(|cause| {
                 Error::new(ErrorKind::Internal, "the search for moved images broke off").because(cause)
             })?;
-        let mut found = BTreeSet::new();
+        let mut found = Vec::new();
         for directory in directories {
-            for moved in self.moved_into(&directory, Some(&entry)).await? {
-                found.insert(moved.disks.into_iter().map(|disk| disk.address).collect::<Vec<_>>());
+            for beside in self.authority.beside(&directory).await? {
+                // What a search finds was written by this user. Anyone can write what these files say.
+                let moved = Moved::by(&beside, catalogue, &entry)
+                    .filter(|_| directory_is_own(Utf8Path::new(beside.manifests.place())));
+                found.extend(moved.map(|moved| DomainRef::disks_of(&moved.now)));
             }
         }
-        Ok(found.into_iter().collect())
+        found.dedup();
+        Ok(found)
     }
 }
 
