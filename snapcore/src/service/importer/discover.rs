@@ -2,10 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::adopt::Adopted;
 use super::recorded::Records;
 use super::{ImportSource, Importer};
-use crate::backend::InspectDepth;
-use crate::domain::DiskRecord;
 use crate::error::Result;
 use crate::name::{LayerName, SnapshotName, Target};
 use crate::snapshot::{Point, Snapshot, SnapshotId};
@@ -30,26 +29,16 @@ pub(super) struct Known<'a> {
     pub(super) earlier: &'a [Snapshot],
 }
 
-impl Known<'_> {
-    /// The earlier snapshot that has this point.
-    fn was(&self, target: &Target, is_it: impl Fn(&Point) -> bool) -> Option<&Snapshot> {
-        let has = |snapshot: &&Snapshot| {
-            snapshot.disks.iter().any(|member| member.target == *target && is_it(&member.point))
-        };
-        self.earlier.iter().find(has)
-    }
-
-    /// Makes of snapshots of one disk what they were before: with their identities, descriptions and holds.
-    fn identify(&self, target: &Target, found: &mut [Snapshot]) {
-        let mut had: HashMap<SnapshotId, SnapshotId> = HashMap::new();
-        for snapshot in found {
-            snapshot.parent = snapshot.parent.map(|parent| had.get(&parent).copied().unwrap_or(parent));
-            let point = snapshot.disks.first().map(|member| member.point.clone());
-            if let Some(was) = self.was(target, |earlier| Some(earlier) == point.as_ref()) {
-                had.insert(snapshot.id, was.id);
-                let found = std::mem::replace(snapshot, was.clone());
-                (snapshot.disks, snapshot.parent) = (found.disks, found.parent);
-            }
+/// Makes of snapshots of one disk what they were before: with their identities, descriptions and holds.
+fn identify(earlier: &HashMap<(&Target, &Point), &Snapshot>, target: &Target, found: &mut [Snapshot]) {
+    let mut had: HashMap<SnapshotId, SnapshotId> = HashMap::new();
+    for snapshot in found {
+        snapshot.parent = snapshot.parent.map(|parent| had.get(&parent).copied().unwrap_or(parent));
+        let point = snapshot.disks.first().map(|member| &member.point);
+        if let Some(was) = point.and_then(|point| earlier.get(&(target, point))) {
+            had.insert(snapshot.id, was.id);
+            let found = std::mem::replace(snapshot, (*was).clone());
+            (snapshot.disks, snapshot.parent) = (found.disks, found.parent);
         }
     }
 }
@@ -100,30 +89,33 @@ impl Importer {
     /// layers that were found. Another program's records name and describe them.
     pub(super) async fn discover(
         &self,
-        records: &mut [DiskRecord],
+        adopted: &mut Adopted,
         known: &Known<'_>,
         source: &ImportSource,
     ) -> Result<Discovered> {
         let import = source.import;
         let mut merged = Merged::default();
         let mut recorded = Records::new(&source.recorded);
-        for record in records {
+        let members = known.earlier.iter().flat_map(|was| was.disks.iter().map(move |member| (member, was)));
+        let earlier: HashMap<(&Target, &Point), &Snapshot> =
+            members.map(|(member, was)| ((&member.target, &member.point), was)).collect();
+        let found_again: HashSet<(&Target, &LayerName)> =
+            earlier.keys().map(|(target, point)| (*target, &point.layer)).collect();
+        for (record, state) in adopted.records.iter_mut().zip(&adopted.states) {
             let backend = self.registry.serving(&record.disk)?;
             let target = record.disk.target.clone();
             let members = known.snapshots.iter().filter_map(|snapshot| snapshot.point(&target));
             let is_orphan =
-                |layer: &LayerName| known.was(&target, |earlier| earlier.layer == *layer).is_none();
-            let orphans = known.orphans.iter().filter(|(of, layer)| *of == target && is_orphan(layer));
+                |(of, layer): &&(Target, LayerName)| *of == target && !found_again.contains(&(of, layer));
+            let orphans = known.orphans.iter().filter(is_orphan);
             let points: Vec<Point> = members
                 .map(|member| member.point.clone())
                 .chain(orphans.map(|(_, layer)| Point::external(layer.clone())))
                 .collect();
             let mut extended = record.clone();
             let mut found = backend.discover(&mut extended, &points).await?;
-            known.identify(&target, &mut found);
-            if !recorded.is_empty() {
-                recorded.name(&mut found, &backend.inspect(&extended, InspectDepth::Layers, None).await?);
-            }
+            identify(&earlier, &target, &mut found);
+            recorded.name(&mut found, state);
             if import {
                 *record = extended;
             }

@@ -184,12 +184,11 @@ impl Importer {
         &self,
         matched: Matched,
         identity: Identity,
-        adopted: Adopted,
+        mut adopted: Adopted,
         mut restored: Restored,
         report: Report,
     ) -> Result<Imported> {
         let Report { mut notes, mut leftovers, unconfirmed } = report;
-        let mut records = adopted.records;
         let orphans = matched.orphans(restored.names.len(), &leftovers);
         let earlier = match matched.source.recorded.is_empty() {
             true => Vec::new(),
@@ -197,10 +196,10 @@ impl Importer {
         };
         let Restored { mut snapshots, names: restored, current, machines } = restored;
         let known = discover::Known { snapshots: &snapshots, orphans: &orphans, earlier: &earlier };
-        let found = self.discover(&mut records, &known, &matched.source).await?;
+        let found = self.discover(&mut adopted, &known, &matched.source).await?;
         notes.extend(found.notes);
         let newest = found.current.or(found.snapshots.last().map(|snapshot| snapshot.id));
-        let adopted = discover::add(&mut snapshots, found.snapshots)?;
+        let discovered = discover::add(&mut snapshots, found.snapshots)?;
         let tree = SnapshotTree::new(snapshots);
         leftovers.renamed.extend(earlier.iter().map(|was| was.id).filter(|id| tree.get(*id).is_none()));
         let current = current.filter(|id| tree.get(*id).is_some());
@@ -213,7 +212,7 @@ impl Importer {
             host: self.host.clone(),
             control,
             active_path,
-            disks: records,
+            disks: adopted.records,
             current,
             machines,
             policy: matched.source.known.as_ref().and_then(|entry| entry.domain.policy.clone()),
@@ -222,7 +221,7 @@ impl Importer {
         let entry = Entry { domain, tree, revision: Revision::ABSENT, follows };
         let unconfirmed = (!unconfirmed.is_empty())
             .then(|| not_confirmed(&entry.domain, &matched.manifests, memory.as_deref(), &unconfirmed));
-        Ok(Imported { entry, restored, adopted, notes, leftovers, unconfirmed })
+        Ok(Imported { entry, restored, adopted: discovered, notes, leftovers, unconfirmed })
     }
 }
 

@@ -23,10 +23,6 @@ impl<'a> Records<'a> {
         Self { records, names, described: HashMap::new() }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.records.is_empty()
-    }
-
     /// Gives the snapshots of one disk the names that they are recorded by.
     pub(super) fn name(&mut self, found: &mut [Snapshot], state: &DiskState) {
         let mut done = HashSet::new();
@@ -62,10 +58,11 @@ impl<'a> Records<'a> {
         }
         let by_name: HashMap<&str, usize> =
             self.records.iter().enumerate().map(|(place, record)| (record.name.as_str(), place)).collect();
+        let mut by_id: HashMap<SnapshotId, &mut Snapshot> =
+            snapshots.iter_mut().map(|snapshot| (snapshot.id, snapshot)).collect();
         let (mut current, mut notes) = (None, Vec::new());
         for (place, (record, name)) in self.records.iter().zip(&self.names).enumerate() {
-            let found = ids.get(&place);
-            let Some(snapshot) = snapshots.iter_mut().find(|snapshot| found == Some(&snapshot.id)) else {
+            let Some(snapshot) = ids.get(&place).and_then(|id| by_id.get_mut(id)) else {
                 notes.push(format!("{name} is recorded, and no image has it: it is left out"));
                 continue;
             };

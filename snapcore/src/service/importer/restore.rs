@@ -36,7 +36,7 @@ impl Restored {
             snapshot.role == SnapshotRole::Snapshot && snapshot.consistency == Consistency::Unknown
         };
         let imported: Vec<Snapshot> = self.snapshots.extract_if(.., is_imported).collect();
-        self.names.retain(|name| imported.iter().all(|snapshot| snapshot.name != *name));
+        self.names = self.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect();
         imported
     }
 }
