@@ -24,6 +24,7 @@ mod domain_file;
 mod failure;
 mod log;
 mod progress;
+mod regular;
 mod session;
 mod table;
 mod tree;

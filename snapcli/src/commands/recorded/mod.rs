@@ -4,12 +4,11 @@
 mod libvirt;
 mod libxl;
 
-use std::fs::File;
-use std::io::Read;
-
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::service::RecordedSnapshot;
 use snapcore::{Error, ErrorKind, Result};
+
+use crate::regular;
 
 /// The most bytes of a file: libvirt's has the whole configuration of the domain.
 const MAX_BYTES: u64 = 4 << 20;
@@ -48,13 +47,9 @@ pub fn read(path: &Utf8Path) -> Result<Vec<RecordedSnapshot>> {
 }
 
 fn read_file(path: &Utf8Path) -> Result<RecordedSnapshot> {
-    let failed = |cause| Error::new(ErrorKind::Io, format!("cannot read {path}")).because(cause);
-    // A pipe would wait for ever.
-    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+    let Some(bytes) = regular::read(path, MAX_BYTES)? else {
         return Err(refused(format!("{path} is not a regular file")));
-    }
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)).map_err(failed)?;
+    };
     parse(&bytes).map_err(|why| refused(format!("{path} is no record of a snapshot: {why}")))
 }
 

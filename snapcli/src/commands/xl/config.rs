@@ -3,11 +3,10 @@
 //! `KEY = VALUE` on a line, or several joined by `;`. A value is a number, a text in `'` or `"`, or a list
 //! `[ ..., ... ]` of texts, which may go on over lines. `#` begins a comment.
 
-use std::fs::File;
-use std::io::Read;
-
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, PointKind, Result};
+
+use crate::regular;
 
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -51,14 +50,10 @@ pub enum How {
 impl Config {
     /// Reads a file.
     pub fn read(path: &Utf8Path) -> Result<Self> {
-        let failed = |cause| Error::new(ErrorKind::Io, format!("cannot read {path}")).because(cause);
-        // A pipe would wait for ever.
-        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        let Some(bytes) = regular::read(path, MAX_BYTES)? else {
             return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file"))
                 .advise("give the configuration file of the snapshot, then the domain"));
-        }
-        let mut bytes = Vec::new();
-        File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        };
         Self::parse(&bytes).map_err(|Wrong { line, why }| {
             Error::new(ErrorKind::Usage, format!("{path}, line {line}: {why}"))
                 .state("no changes made")
