@@ -196,17 +196,22 @@ impl Mounted {
         let file = self.place.path.join(FILES).join(target.as_str());
         let size = file.metadata().map_err(|cause| no_tool("looking at the disk", cause))?.len();
         let whole = Part { number: None, offset: 0, bytes: size };
-        let found = filesystem(&file, &whole)?;
-        let parts = match &found {
-            Some(_) => vec![whole],
-            None => partitions(&file)?,
-        };
+        let mut parts = Vec::new();
+        match probed(&file, &whole, "TYPE")? {
+            Some(kind) => parts.push((whole, Some(kind))),
+            None => {
+                for part in partitions(&file)? {
+                    let kind = probed(&file, &part, "TYPE")?;
+                    parts.push((part, kind));
+                }
+            }
+        }
         if parts.is_empty() {
             document.notes.push(format!("{target}: no file system and no partitions are found"));
         }
-        for part in parts {
+        for (part, kind) in parts {
             let name = part.number.map_or_else(|| target.to_string(), |number| format!("{target}{number}"));
-            let Some(kind) = filesystem(&file, &part)? else {
+            let Some(kind) = kind else {
                 document.notes.push(format!("{name}: no file system is found"));
                 continue;
             };
@@ -291,12 +296,7 @@ struct Part {
     bytes: u64,
 }
 
-/// The kind of file system that a part of a disk has, or of what else it is.
-fn filesystem(file: &Utf8Path, part: &Part) -> Result<Option<String>> {
-    probed(file, part, "TYPE")
-}
-
-/// What `blkid` says of a part of a disk.
+/// What `blkid` says of a part of a disk: its `TYPE` is the kind of file system, or of what else it is.
 fn probed(file: &Utf8Path, part: &Part, tag: &str) -> Result<Option<String>> {
     let (offset, bytes) = (part.offset.to_string(), part.bytes.to_string());
     let args = ["--probe", "--match-tag", tag, "--output", "value", "--offset", &offset, "--size", &bytes];
@@ -304,12 +304,12 @@ fn probed(file: &Utf8Path, part: &Part, tag: &str) -> Result<Option<String>> {
         .output()
         .map_err(|cause| no_tool("blkid", cause))?;
     // 2: nothing was found.
-    let kind = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     // It goes into a command line.
-    let is_name = |kind: &String| {
-        !kind.is_empty() && kind.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-+.".contains(&byte))
+    let is_name = |said: &String| {
+        !said.is_empty() && said.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-+.".contains(&byte))
     };
-    Ok(Some(kind).filter(is_name))
+    Ok(Some(said).filter(is_name))
 }
 
 /// Refuses a btrfs of which the host has one of the same UUID mounted: older kernels would show that one.
@@ -350,8 +350,7 @@ fn partitions(file: &Utf8Path) -> Result<Vec<Part>> {
     let Ok(found) = serde_json::from_slice::<Document>(&output.stdout) else { return Ok(Vec::new()) };
     let table = found.partitiontable;
     let part = |row: Row| {
-        let digits = row.node.len() - row.node.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-        let number = row.node.get(row.node.len() - digits..)?.parse().ok()?;
+        let number = row.node.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
         let (offset, bytes) =
             (row.start.checked_mul(table.sectorsize)?, row.size.checked_mul(table.sectorsize)?);
         Some(Part { number: Some(number), offset, bytes })
