@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use domsnap_tests::domsnap::{Outcome, status};
 use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::{seed, shim, verify};
 use serde_json::{Value, json};
-use testguest::{GuestOptions, Version};
+use testguest::{GuestClone, GuestOptions, Version};
 
 /// Time limit of anything that a clone does.
 const SOON: Duration = Duration::from_secs(180);
@@ -103,46 +103,19 @@ impl Clones {
         Ok(answer["return"].clone())
     }
 
+    fn clone(&self, name: &str) -> GuestClone {
+        GuestClone::at(self.dir(name))
+    }
+
     /// A clone ticks on, and has never found its memory and its disks to be of different instants.
     fn ticks(&self, name: &str) -> Result<()> {
         println!("{:?}: {name} is to tick", self.begun.elapsed());
-        let mut port = UnixStream::connect(self.dir(name).join("witness"))?;
-        port.set_read_timeout(Some(SOON))?;
-        let (mut heard, mut piece) = (String::new(), [0; 4096]);
-        while heard.lines().filter(|line| line.starts_with("T ")).count() < 6 {
-            let read = port.read(&mut piece).with_context(|| format!("{name} does not tick: {heard}"))?;
-            ensure!(read > 0, "{name} has ended: {heard}");
-            heard.push_str(&String::from_utf8_lossy(&piece[..read]));
-        }
-        ensure!(!heard.contains("BAD") && !heard.contains("ERR"), "{name}: {heard}");
-        Ok(())
+        self.clone(name).wait_ticks(6)
     }
 
-    /// Runs a line in the guest of a clone; returns its status. The guest's own program runs it: an agent may
-    /// have an answer left that another client did not wait for.
-    fn shell(&self, name: &str, line: &str) -> Result<i64> {
-        let mut port = UnixStream::connect(self.dir(name).join("witness"))?;
-        port.set_read_timeout(Some(SOON))?;
-        writeln!(port, "clone sh {line}")?;
-        for said in BufReader::new(port).lines() {
-            let said = said.with_context(|| format!("{name} does not answer to {line:?}"))?;
-            let Some(answer) = said.strip_prefix("R clone ") else { continue };
-            let status = answer.split(' ').find_map(|field| field.strip_prefix("status="));
-            return status.with_context(|| format!("{name}: {line}: {answer}"))?.parse().context("a status");
-        }
-        bail!("{name} has ended")
-    }
-
-    /// The part that a clone has of all memory (Pss), in MiB.
-    fn share(&self, name: &str) -> Result<u64> {
-        let all = |pid: &&u32| {
-            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.contains(&format!("guest={name}\0"))
-        };
-        let pid = self.pids.iter().rev().find(all).with_context(|| format!("{name} does not run"))?;
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("it has a Pss")?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? >> 10)
+    /// Runs a line in the guest of a clone; returns its status.
+    fn shell(&self, name: &str, line: &str) -> Result<i32> {
+        Ok(self.clone(name).shell(line)?.status)
     }
 }
 
@@ -224,7 +197,7 @@ fn clones_continue_from_one_memory() -> Result<()> {
         clones.ticks(name)?;
         ids.insert(clones.ask(name, "query-vm-generation-id", Value::Null)?["guid"].to_string());
         ensure!(clones.ask(name, "query-name", Value::Null)?["name"] == name);
-        shares.push(clones.share(name)?);
+        shares.push(clones.clone(name).share_mib()?);
     }
     println!("Pss of the clones: {shares:?} MiB");
     ensure!(ids.len() == 5, "clones have the same generation ID: {ids:?}");
@@ -371,16 +344,7 @@ fn pid_of(dir: &Path) -> Result<Option<u32>> {
 
 /// All of these.
 fn pids_of(dir: &Path) -> Result<Vec<u32>> {
-    let wanted = format!("unix:{}/qmp", dir.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-        let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
-        if line.contains("qemu") && line.contains(&wanted) {
-            found.push(pid);
-        }
-    }
-    Ok(found)
+    GuestClone::at(dir).processes()
 }
 
 /// Counts a kill. How often QEMU is asked how far it has loaded differs from run to run: a start may be done

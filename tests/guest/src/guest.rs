@@ -42,6 +42,17 @@ pub struct ShellOutput {
     pub stdout: Vec<u8>,
 }
 
+impl ShellOutput {
+    /// Reads the answer of the guest's program.
+    pub(crate) fn of(answer: &str) -> Result<Self> {
+        let digits = field(answer, "output")?.as_bytes();
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+        let stdout: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
+        let stdout = stdout.with_context(|| format!("the guest's shell answered {answer:?}"))?;
+        Ok(Self { status: number(answer, "status")?.try_into()?, stdout })
+    }
+}
+
 /// A guest that runs in a QEMU, with its sockets and disks in a directory of its own. Dropping it kills the
 /// QEMU and removes the directory.
 ///
@@ -339,12 +350,7 @@ impl Guest {
     /// # Errors
     /// As [`Guest::command`]; a status that is not 0 is none.
     pub fn shell(&self, line: &str) -> Result<ShellOutput> {
-        let answer = self.command(&format!("sh {line}"))?;
-        let digits = field(&answer, "output")?.as_bytes();
-        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-        let stdout: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
-        let stdout = stdout.with_context(|| format!("the guest's shell answered {answer:?}"))?;
-        Ok(ShellOutput { status: number(&answer, "status")?.try_into()?, stdout })
+        ShellOutput::of(&self.command(&format!("sh {line}"))?)
     }
 
     /// Memory load: so many MiB of its own are written at so many MiB a second, page after page; rate 0 is as

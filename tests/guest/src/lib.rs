@@ -36,6 +36,7 @@
 mod build;
 mod cache;
 mod channel;
+mod clone;
 mod generic;
 mod guest;
 mod monitor;
@@ -54,6 +55,7 @@ pub mod parts {
 }
 
 pub use channel::{COUNTER_BYTES, Status, counter};
+pub use clone::GuestClone;
 pub use guest::{Guest, ShellOutput};
 pub use options::{GuestOptions, Version, Vhd};
 pub use qemu::command as qemu_command;

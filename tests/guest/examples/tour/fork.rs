@@ -4,14 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use testguest::GuestOptions;
+use anyhow::{Result, ensure};
+use testguest::{GuestClone, GuestOptions};
 
 use super::{Tour, chapter};
 
@@ -25,76 +23,29 @@ struct Fork {
     place: PathBuf,
 }
 
+impl Fork {
+    fn clones(&self) -> impl Iterator<Item = (String, GuestClone)> {
+        (1..=CLONES).map(|number| format!("web-{number}")).map(|name| {
+            let clone = GuestClone::at(self.place.join(&name));
+            (name, clone)
+        })
+    }
+}
+
 impl Drop for Fork {
     fn drop(&mut self) {
-        for name in names() {
-            if let Ok(Some(pid)) = self.pid(&name) {
-                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
-            }
+        for pid in self.clones().filter_map(|(_, clone)| clone.processes().ok()).flatten() {
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
     }
 }
 
-fn names() -> impl Iterator<Item = String> {
-    (1..=CLONES).map(|number| format!("web-{number}"))
+/// Runs a line in a clone's guest; returns what it says.
+fn inside(clone: &GuestClone, line: &str) -> Result<String> {
+    Ok(String::from_utf8_lossy(&clone.shell(line)?.stdout).trim().to_owned())
 }
 
-impl Fork {
-    fn dir(&self, name: &str) -> PathBuf {
-        self.place.join(name)
-    }
-
-    /// The QEMU of a clone, by the monitor in its command.
-    fn pid(&self, name: &str) -> Result<Option<u32>> {
-        let wanted = format!("unix:{}/qmp", self.dir(name).display());
-        for entry in fs::read_dir("/proc")?.flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-            let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
-            if line.contains("qemu") && line.contains(&wanted) {
-                return Ok(Some(pid));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Sends a line to the program in a clone's guest that counts; returns its next line that `wanted` takes.
-    fn hear<T>(&self, name: &str, line: Option<&str>, wanted: impl Fn(&str) -> Option<T>) -> Result<T> {
-        let mut port = UnixStream::connect(self.dir(name).join("witness"))?;
-        port.set_read_timeout(Some(Duration::from_secs(60)))?;
-        if let Some(line) = line {
-            writeln!(port, "{line}")?;
-        }
-        for said in BufReader::new(port).lines() {
-            let said = said.with_context(|| format!("{name} does not answer"))?;
-            ensure!(!said.starts_with("BAD"), "{name}: its memory and disks are not of one instant: {said}");
-            if let Some(found) = wanted(&said) {
-                return Ok(found);
-            }
-        }
-        bail!("{name} has ended")
-    }
-
-    /// Runs a line in a clone's guest; returns what it says.
-    fn inside(&self, name: &str, line: &str) -> Result<String> {
-        let answer = self.hear(name, Some(&format!("tour sh {line}")), |said| {
-            said.strip_prefix("R tour ").map(str::to_owned)
-        })?;
-        let digits = answer.split("output=").nth(1).with_context(|| format!("{name}: {line}: {answer}"))?;
-        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-        let said: Option<Vec<u8>> = digits.as_bytes().chunks(2).map(byte).collect();
-        Ok(String::from_utf8_lossy(&said.with_context(|| format!("{name}: {answer}"))?).trim().to_owned())
-    }
-
-    /// The part of all memory that a clone's QEMU has, in MiB: what several have is divided among them.
-    fn share(&self, name: &str) -> Result<u64> {
-        let pid = self.pid(name)?.with_context(|| format!("{name} does not run"))?;
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("it has a Pss")?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? >> 10)
-    }
-}
-
-/// Three columns of a table.
+/// A row of a table.
 fn row(columns: [&str; 4]) {
     let [name, host, random, share] = columns;
     println!("  {name:<7} {host:<7} {random:<24} {share}");
@@ -163,20 +114,19 @@ pub(super) fn act(domsnap: &Path) -> Result<()> {
     ])?;
     println!("\nall of it took {} ms; each guest says who it is, and a random number:\n", took.as_millis());
     row(["clone", "host", "random", "memory of its own"]);
-    let (mut hosts, mut numbers) = (BTreeSet::new(), BTreeSet::new());
-    for name in names() {
-        let host = fork.inside(&name, "hostname")?;
-        let random = fork.inside(&name, "head -c 8 /dev/urandom | od -An -tx1")?;
-        row([&name, &host, &random, &format!("{} MiB", fork.share(&name)?)]);
+    let mut numbers = BTreeSet::new();
+    for (name, clone) in fork.clones() {
+        let host = inside(&clone, "hostname")?;
+        let random = inside(&clone, "head -c 8 /dev/urandom | od -An -tx1")?;
+        row([&name, &host, &random, &format!("{} MiB", clone.share_mib()?)]);
         ensure!(host == name, "{name} says that it is {host}");
-        hosts.insert(host);
         numbers.insert(random);
     }
     ensure!(numbers.len() == CLONES, "two clones have the same random number");
-    for name in names() {
-        let letter = fork.inside(&name, &format!("cat /vda/letter; echo {name} > /vda/letter; sync"))?;
+    for (name, clone) in fork.clones() {
+        let letter = inside(&clone, &format!("cat /vda/letter; echo {name} > /vda/letter; sync"))?;
         ensure!(letter == "dear reader", "{name} reads {letter:?}");
-        fork.hear(&name, None, |said| said.starts_with("T ").then_some(()))?;
+        clone.wait_ticks(1)?;
     }
     tour.guest.wait_ticks(3)?;
     tour.guest.expect_no_bad()?;
