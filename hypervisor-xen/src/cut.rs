@@ -202,6 +202,7 @@ pub(crate) fn disks_alone(step: &CutStep<'_>) -> DomainStep {
         quiesce: Quiesce::No,
         quiesce_limit_ms: 0,
         then: None,
+        for_revert: false,
     }
 }
 

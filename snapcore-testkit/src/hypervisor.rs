@@ -178,6 +178,7 @@ impl Fixture {
             quiesce: Quiesce::No,
             quiesce_limit_ms: 10_000,
             then: None,
+            for_revert: false,
         }
     }
 }

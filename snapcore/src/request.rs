@@ -60,6 +60,8 @@ pub struct CreateRequest {
     pub policy: Option<PolicyId>,
     /// True if the snapshot saves the state that a revert is going to replace. It is no user's snapshot.
     pub(crate) hidden: bool,
+    /// True if a revert follows, for which the guest is left paused.
+    pub(crate) for_revert: bool,
     /// The group of snapshots of other domains that are taken with it.
     pub(crate) group: Option<SnapshotGroup>,
 }
@@ -88,6 +90,7 @@ impl CreateRequest {
             expires: None,
             policy: None,
             hidden: false,
+            for_revert: false,
             group: None,
         }
     }
@@ -249,6 +252,7 @@ impl RevertRequest {
             .description(format!("the state before a revert to {}", self.name))
             .then(PowerAfter::Paused);
         save.hidden = hidden;
+        save.for_revert = true;
         save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
         // The saved snapshot already provides all the safety that is possible.
         let safety = self.safety && !recreates;

@@ -45,6 +45,11 @@ fn under_y(live: &mut Live) -> Result<()> {
     Ok(())
 }
 
+/// A revert has kept the state before it, with memory.
+fn reverted(live: &mut Live) -> Result<()> {
+    live.revert("outside", &["--undo=memory"]).map(drop)
+}
+
 const CREATE_EXTERNAL: Operation =
     Operation { args: &["create", "x", "--external"], takes: Some("x"), deletes: None, again: without_x };
 const CREATE_COMPRESSED: Operation = Operation {
@@ -65,6 +70,15 @@ const REVERT_INSIDE: Operation =
     Operation { args: &["revert", "inside"], takes: None, deletes: None, again: nothing };
 const REVERT_DISKS: Operation =
     Operation { args: &["revert", "disks"], takes: None, deletes: None, again: nothing };
+const REVERT_KEEPING: Operation =
+    Operation { args: &["revert", "inside", "--undo=memory"], takes: None, deletes: None, again: nothing };
+const REVERT_SAVING: Operation = Operation {
+    args: &["revert", "disks", "--save-current=x"],
+    takes: Some("x"),
+    deletes: None,
+    again: without_x,
+};
+const UNDO: Operation = Operation { args: &["undo"], takes: None, deletes: None, again: reverted };
 const DELETE_ACTIVE: Operation =
     Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
 const DELETE_FROZEN: Operation =
@@ -88,10 +102,14 @@ killed! {
     domsnap_dies_in_a_revert_to_an_external_snapshot: REVERT_OUTSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_to_an_internal_snapshot: REVERT_INSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_without_memory: REVERT_DISKS, Domsnap, 1, 1;
+    domsnap_dies_in_a_revert_that_keeps_memory: REVERT_KEEPING, Domsnap, 1, 1;
+    domsnap_dies_in_a_revert_that_saves_the_current_state: REVERT_SAVING, Domsnap, 0, 1;
+    domsnap_dies_in_an_undo: UNDO, Domsnap, 2, 1;
     domsnap_dies_in_a_merge_of_the_active_image: DELETE_ACTIVE, Domsnap, 0, 1;
     domsnap_dies_in_a_delete_inside_a_frozen_image: DELETE_FROZEN, Domsnap, 0, 1;
     qemu_dies_in_a_create: CREATE_EXTERNAL, Qemu, 0, 2;
     qemu_dies_in_a_revert: REVERT_OUTSIDE, Qemu, 1, 2;
+    qemu_dies_in_an_undo: UNDO, Qemu, 1, 2;
     qemu_dies_in_a_merge_of_the_active_image: DELETE_ACTIVE, Qemu, 0, 2;
     qemu_dies_in_a_delete_inside_a_frozen_image: DELETE_FROZEN, Qemu, 1, 2;
     both_die_in_a_create: CREATE_EXTERNAL, Both, 1, 2;

@@ -18,6 +18,7 @@ use super::{
     disk::{Disk, identity, layer},
     error::{blocking, to_engine},
     live::QemuDomain,
+    mark::Mark,
     merge,
     preflight::cannot_freeze,
     reopen, served,
@@ -54,6 +55,8 @@ pub(super) struct CutStep<'a> {
     pub(super) quiesce: Quiesce,
     pub(super) quiesce_limit: Duration,
     pub(super) then: Option<PowerAfter>,
+    /// True if a revert follows, for which the guest is left paused.
+    pub(super) for_revert: bool,
 }
 
 /// Performs the cut. After an error QEMU is as it was before, unless the error names a difference, which the
@@ -116,7 +119,13 @@ pub(super) async fn take(
         if let Err(error) = context.together.meet(Meeting::Ready).await {
             return Err(close(live, error, &opened).await);
         }
-        match machine.pause().await {
+        // The section of the revert begins here: its mark records that the guest ran, also where domsnap is
+        // killed before the revert begins, and to an undo of the revert.
+        let paused = match step.for_revert {
+            true => Mark::open_section(machine).await,
+            false => machine.pause().await,
+        };
+        match paused {
             Ok(paused) => paused_before = Some(paused),
             Err(error) => return Err(close(live, to_engine(error), &opened).await),
         }
@@ -162,6 +171,7 @@ pub(super) async fn take(
                     let resumed = machine.resume(paused).await;
                     resumed.map_err(|second| to_engine(second).context(error.to_string()))?;
                 }
+                close_section(live, step).await?;
                 live.resumed.store(true, Ordering::Relaxed);
             }
             return Err(error);
@@ -435,10 +445,19 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
     if step.running && !live.resumed.load(Ordering::Relaxed) {
         machine.resume_unless_stopped().await.map_err(to_engine)?;
     }
+    close_section(live, step).await?;
     if step.quiesce != Quiesce::No {
         live.thaw().await;
     }
     Ok(())
+}
+
+/// Removes the mark of a cut that a revert was to follow. The guest runs again, or did not run before.
+async fn close_section(live: &QemuDomain, step: CutStep<'_>) -> Result<()> {
+    match step.for_revert {
+        true => Mark::close_section(&live.machine).await.map_err(to_engine),
+        false => Ok(()),
+    }
 }
 
 async fn take_off(disk: &Disk, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {

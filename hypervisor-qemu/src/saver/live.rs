@@ -433,7 +433,17 @@ impl LiveDomain for QemuDomain {
                 return Err(Error::new(ErrorKind::Refused, detail).advise("run `domsnap recover`"));
             }
         }
-        self.machine.cont().await.map_err(to_engine)
+        self.machine.cont().await.map_err(to_engine)?;
+        // A cut may have left a mark for a revert that did not follow.
+        Mark::close_section(&self.machine).await.map_err(to_engine)
+    }
+
+    async fn resume_left(&self) -> Result<bool> {
+        // Only the QEMU that took the cut has the mark: another one was paused by whoever started it.
+        match Mark::section(&self.machine).await.map_err(to_engine)? {
+            Some(Mark::SectionRan) => self.resume().await.map(|()| true),
+            Some(Mark::SectionPaused) | None => Ok(false),
+        }
     }
 
     fn limit(&self, bytes_per_second: u64) {
@@ -605,7 +615,7 @@ impl LiveDomain for QemuDomain {
 /// Returns the cut of a step, if it is one.
 fn instant(step: &DomainStep) -> Option<cut::CutStep<'_>> {
     match step {
-        DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then } => {
+        DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then, for_revert } => {
             Some(cut::CutStep {
                 disks,
                 running: *running,
@@ -613,6 +623,7 @@ fn instant(step: &DomainStep) -> Option<cut::CutStep<'_>> {
                 quiesce: *quiesce,
                 quiesce_limit: Duration::from_millis(*quiesce_limit_ms),
                 then: *then,
+                for_revert: *for_revert,
             })
         }
         _ => None,

@@ -240,6 +240,7 @@ impl Run {
             quiesce: Quiesce::No,
             quiesce_limit_ms: 10_000,
             then: None,
+            for_revert: false,
         }
     }
 

@@ -341,6 +341,15 @@ pub trait LiveDomain: Send + Sync {
     /// Resumes the guest, regardless of what paused it.
     async fn resume(&self) -> Result<()>;
 
+    /// Resumes a guest that a cut left paused for a revert ([`DomainStep::Instant`]) that did not follow,
+    /// because the program was killed. Returns true if it was paused for that.
+    ///
+    /// It is called for a paused guest whose last operation was that cut. By default every such guest is
+    /// resumed. A hypervisor that can tell if the machine was started again since does not resume that one.
+    async fn resume_left(&self) -> Result<bool> {
+        self.resume().await.map(|()| true)
+    }
+
     /// Limits the rate of merges, in bytes per second; 0: no limit.
     fn limit(&self, bytes_per_second: u64);
 

@@ -153,6 +153,10 @@ pub enum DomainStep {
         quiesce_limit_ms: u64,
         /// Power state of the guest afterwards; absent: the same as before.
         then: Option<PowerAfter>,
+        /// True if a revert follows at once, and the guest is paused for that alone. If no revert follows,
+        /// [`LiveDomain::resume_left`](super::LiveDomain::resume_left) resumes it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        for_revert: bool,
     },
     /// Waits until the memory of the instant is written, and makes it a complete and durable memory image.
     /// Undo removes the image, also a partial one.

@@ -259,6 +259,7 @@ impl Planner<'_> {
             quiesce: request.quiesce,
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
+            for_revert: request.for_revert,
         };
         let nested = std::mem::take(&mut merged.nested);
         merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, message), nested });

@@ -9,8 +9,9 @@ use crate::backend::DiskSnapshotter;
 use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
 use crate::domain::Hypervisor;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::DomainStep;
 use crate::name::DomainName;
-use crate::operation::Operation;
+use crate::operation::{Operation, OperationState};
 use crate::registry::Registry;
 
 /// Read access to the catalogue: no lease, no commit.
@@ -62,6 +63,18 @@ impl Records {
     /// The operations of a domain that have not ended, oldest first.
     pub(super) async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         self.0.unfinished(name).await
+    }
+
+    /// Returns true if the last operation on the domain's disks that took effect saved the current state for
+    /// a revert. No unfinished operation has a record that the guest is paused for it: the revert did not
+    /// begin, or was undone before it got to the guest.
+    pub(super) async fn is_before_revert(&self, name: &DomainName) -> Result<bool> {
+        let operations = self.operations(name).await?;
+        let took_effect =
+            |operation: &&Operation| operation.plan.has_steps() && operation.state != OperationState::Undone;
+        let last = operations.iter().rev().find(took_effect);
+        let is_it = |step: &DomainStep| matches!(step, DomainStep::Instant { for_revert: true, .. });
+        Ok(last.is_some_and(|last| last.state == OperationState::Done && last.plan.domain_steps().any(is_it)))
     }
 
     /// Fails if an operation of the domain has not ended.

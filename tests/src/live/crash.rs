@@ -129,13 +129,18 @@ fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, s
         ensure!(aside.is_none(), "something was saved that nothing lacks: {aside:?}");
     } else {
         live.wait_running()?;
-        if operation.args[0] == "revert" {
+        let to = match operation.args {
+            ["revert", to, ..] => Some(*to),
+            ["undo", ..] => Some("outside"),
+            _ => None,
+        };
+        if let Some(to) = to {
             // Its supervisor started it before the recovery, on disks of which some were reverted and some
             // not, and it wrote to them: no recovery makes one instant of that. All snapshots are whole, and
             // it can be returned to each.
             live.guest.forget_bad();
             live.verify()?;
-            live.revert(operation.args[1], &[])?;
+            live.revert(to, &[])?;
         }
         live.load()?;
     }

@@ -107,6 +107,7 @@ async fn run_on(backend: &FakeBackend, disks: &[&str]) -> (Result<Run>, Entry) {
         quiesce: Quiesce::No,
         quiesce_limit_ms: 0,
         then: None,
+        for_revert: false,
     };
     let plan = Plan {
         cut: vec![CutUnit::Domain {

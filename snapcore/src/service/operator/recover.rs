@@ -54,6 +54,16 @@ impl Operator {
                 live.tidy().await?;
             }
         }
+        if let Some(live) = &*live
+            && !live.seen().running
+            && self.records.is_before_revert(&entry.domain.name).await?
+            && live.resume_left().await?
+        {
+            let domain = entry.domain.name.clone();
+            let message = "a revert was interrupted after it had saved the current state: the guest was paused for it, \
+                           and is resumed";
+            self.events.report(Event::Warning { domain, message: message.to_owned() });
+        }
         if !reports.is_empty() {
             // A disk may have another path now.
             *manifests = self.authority.manifests(&entry.domain)?;

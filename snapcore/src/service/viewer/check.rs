@@ -66,6 +66,19 @@ impl Viewer {
             ));
         }
         let live = self.locator.connect_to_look(&entry.domain).await;
+        if let Some(live) = &live
+            && !live.seen().running
+            && self.records.is_before_revert(&entry.domain.name).await?
+        {
+            findings.push(finding(
+                Severity::Warning,
+                &name,
+                format!(
+                    "the guest is paused for a revert that has saved the current state and not begun: it runs just now, \
+                     or stopped there; `domsnap recover {name}` resumes the guest"
+                ),
+            ));
+        }
         for record in &entry.domain.disks {
             self.check_disk(&entry, record, &live, &mut findings).await?;
         }
