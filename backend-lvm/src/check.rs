@@ -26,7 +26,7 @@ pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, Stri
             format!("{name} was made smaller than its data, and a part of that is lost; delete the snapshot"),
         ));
     }
-    let full = row.data.filter(|data| data.reaches(WARN_PERCENT))?;
+    let full = row.data.filter(|data| data.reaches(WARN_PERCENT) && !row.has_room_for_all())?;
     // An area never needs more than its origin has, and lvm extends it no further.
     let more = shown_size(row.size);
     Some((

@@ -1,7 +1,7 @@
 //! Block devices: which are logical volumes, their users, and whether they were written.
 
-use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::{fmt, fs};
 
 use block_devices::{DeviceUse, device_number as number, guests_of, kernel_use};
 use camino::Utf8Path;
@@ -88,6 +88,20 @@ impl DeviceState {
     /// this boot; after another boot it is not known.
     pub(crate) fn may_have_passed(&self, path: &Utf8Path) -> bool {
         boot() != self.boot || writes(path).is_some_and(|writes| writes != self.writes)
+    }
+}
+
+impl DeviceState {
+    /// Reads what was written with its `Display`.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (boot, writes) = text.rsplit_once(':')?;
+        Some(Self { boot: boot.to_owned(), writes: writes.parse().ok()? })
+    }
+}
+
+impl fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.boot, self.writes)
     }
 }
 

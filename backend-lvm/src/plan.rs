@@ -187,7 +187,8 @@ impl Planner<'_> {
                 )
             }
         };
-        let snapshot = self.step(LvmStep::Snapshot { layer: point.clone(), area, tags }, message, 0);
+        let snapshot = LvmStep::Snapshot { layer: point.clone(), area, tags, counts: false };
+        let snapshot = self.step(snapshot, message, 0);
         match self.attached {
             true => {
                 let (take, nested) = (DiskInstant::ByBackend, vec![snapshot]);
@@ -249,7 +250,7 @@ impl Planner<'_> {
         if let Some(name) = save {
             let point = volume.point(stamp);
             let tags = tags::of_point(name, self.parent().as_ref());
-            let step = LvmStep::Snapshot { layer: point.clone(), area: None, tags };
+            let step = LvmStep::Snapshot { layer: point.clone(), area: None, tags, counts: false };
             self.push(Group::Cut, step, format!("keep the current state as {}/{point}", volume.group), 0);
             self.plan.point = Some(Point::external(point));
         }
@@ -326,7 +327,8 @@ impl Planner<'_> {
             Some(_) => format!("keep the current state as {}/{safety}", volume.group),
             None => format!("keep the current state as {}/{safety} until the revert is done", volume.group),
         };
-        self.push(Group::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, message, 0);
+        let keep = LvmStep::Snapshot { layer: safety.clone(), area, tags, counts: true };
+        self.push(Group::Cut, keep, message, 0);
         let merge = LvmStep::Merge {
             point: row.layer(),
             safety: safety.clone(),
@@ -334,7 +336,6 @@ impl Planner<'_> {
             tags: tags::retaken(&row.tags, &work, row.time),
             work,
             kept: volume.salvaged(stamp),
-            since: DeviceState::now(self.record.disk.path()),
         };
         self.push(
             Group::Cut,
@@ -617,7 +618,7 @@ impl Planner<'_> {
             let later = row.name != merged.name && row.time >= merged.time;
             let free = row.size.saturating_sub(row.used());
             let needed = merged.used().min(row.visible_size());
-            if later && !row.invalid && needed > free {
+            if later && !row.invalid && needed > free && !row.has_room_for_all() {
                 return Err(Error::new(
                     ErrorKind::Refused,
                     format!(

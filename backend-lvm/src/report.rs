@@ -12,11 +12,14 @@ pub(crate) const FIELDS: &str = "vg_name,vg_free,vg_extent_size,vg_missing_pv_co
                                  origin_size,pool_lv,segtype,lv_role,data_percent,metadata_percent,lv_skip_activation,\
                                  lv_device_open,lv_merging,lv_snapshot_invalid,lv_merge_failed,lv_health_status,lv_time,\
                                  lv_tags,lv_metadata_size,lv_suspended,lv_permissions,lv_allocation_locked,lv_check_needed,\
-                                 vg_permissions,vg_lock_type";
+                                 vg_permissions,vg_lock_type,chunk_size";
 
 /// Segment types whose volumes have thick snapshots here: `lvcreate -s` and a merge of them are tested.
 /// Nothing is known of any other type (a cache, a mirror, an array, a future one), so it is refused by name.
 const PLAIN: [&str; 2] = ["linear", "striped"];
+
+/// Bytes of a chunk's entry in the table of a thick snapshot's area.
+const ENTRY: u64 = 16;
 
 /// A share, in hundredths of a percent: lvm reports two digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,6 +94,8 @@ pub(crate) struct Row {
     /// For a thick snapshot: size of its origin when it was taken, in bytes. lvm extends an origin without
     /// its snapshots.
     pub(crate) origin_size: Option<u64>,
+    /// For a thick snapshot: the unit in which data is copied to its area, in bytes.
+    pub(crate) chunk: Option<u64>,
     pub(crate) origin: Option<String>,
     pub(crate) pool: Option<String>,
     /// Its fill level; known while it is active.
@@ -141,6 +146,20 @@ impl Row {
     /// smaller.
     pub(crate) fn is_cut_off(&self) -> bool {
         self.kind == VolumeKind::ThickSnapshot && self.data.is_some_and(|data| data > Share::WHOLE)
+    }
+
+    /// Returns true for a thick snapshot whose area has room for every chunk of its origin: it cannot
+    /// overflow, whatever is written. lvm makes no area larger than that.
+    pub(crate) fn has_room_for_all(&self) -> bool {
+        let (Some(origin), Some(chunk)) = (self.origin_size, self.chunk.filter(|chunk| *chunk >= ENTRY))
+        else {
+            return false;
+        };
+        let chunks = origin.div_ceil(chunk);
+        // The kernel's layout (dm-snap-persistent.c): a header; tables, each of one chunk, the next of which
+        // is begun when one is full; and it wants one chunk more than it uses.
+        let tables = chunks / (chunk / ENTRY) + 1;
+        chunks.saturating_add(tables).saturating_add(2).saturating_mul(chunk) <= self.size
     }
 
     /// Returns the used bytes of a thick snapshot's area.
@@ -266,6 +285,8 @@ struct Fields {
     lv_check_needed: String,
     vg_permissions: String,
     vg_lock_type: String,
+    #[serde(default)]
+    chunk_size: String,
 }
 
 /// Parses the report of one group; `None` if it has no volumes.
@@ -367,6 +388,7 @@ fn row(fields: Fields) -> Result<Row> {
         suspended: fields.lv_suspended == "1",
         size: number("lv_size", &fields.lv_size)?,
         origin_size: bytes("origin_size", &fields.origin_size)?,
+        chunk: bytes("chunk_size", &fields.chunk_size)?,
         origin: some(&fields.origin),
         pool: some(&fields.pool_lv),
         data: share("data_percent", &fields.data_percent)?,
@@ -485,6 +507,20 @@ mod tests {
         assert!(hidden.merging && group.row("other").is_some_and(|row| row.merging && row.open));
         let point = group.row("thin.ds-00000001").expect("it is there");
         assert!(!point.active && point.parsed_tags().name.as_deref() == Some("before"));
+    }
+
+    /// An area that can hold all of its origin is known as one, and one that is a chunk smaller is not.
+    #[test]
+    fn area_for_the_whole_origin_cannot_overflow() {
+        let recorded = recorded();
+        let mut row = recorded.row("thick.ds-00000004").expect("it is there").clone();
+        // 32 MiB in chunks of 4 KiB: 8192 chunks, 33 tables, a header and one chunk more.
+        (row.chunk, row.size) = (Some(4096), (8192 + 33 + 2) * 4096);
+        assert!(row.has_room_for_all());
+        row.size -= 4096;
+        assert!(!row.has_room_for_all());
+        (row.chunk, row.size) = (None, u64::MAX);
+        assert!(!row.has_room_for_all(), "it is not known");
     }
 
     /// Points are recognised by their names and tags.

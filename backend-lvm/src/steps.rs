@@ -34,6 +34,9 @@ pub enum LvmStep {
         area: Option<u64>,
         /// Its tags.
         tags: Vec<String>,
+        /// True if one more tag says how often the volume had been written before.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        counts: bool,
     },
     /// Makes a thin volume with a point's content, beside the volume.
     Clone {
@@ -65,7 +68,8 @@ pub enum LvmStep {
     Merge {
         /// The snapshot.
         point: LayerName,
-        /// A snapshot of the state before, which an undo merges.
+        /// A snapshot of the state before, which an undo merges. Its tags say how often the volume had been
+        /// written when it was taken: a running guest had written until then.
         safety: LayerName,
         /// The bytes of its area.
         area: u64,
@@ -75,8 +79,6 @@ pub enum LvmStep {
         work: String,
         /// The name for data that was written meanwhile.
         kept: LayerName,
-        /// State of the volume when this was planned.
-        since: DeviceState,
     },
     /// Removes volumes: one command, and each is removed by itself.
     Remove {
@@ -97,7 +99,10 @@ pub(crate) struct StepRunner<'a> {
 impl StepRunner<'_> {
     pub(crate) fn apply(&self, step: &LvmStep) -> Result<()> {
         match step {
-            LvmStep::Snapshot { layer, area, tags } => self.snapshot(layer, *area, tags),
+            LvmStep::Snapshot { layer, area, tags, counts } => {
+                let since = counts.then(|| tags::of_writes(&DeviceState::now(self.path)));
+                self.snapshot(layer, *area, tags, since.as_deref())
+            }
             LvmStep::Clone { point, layer, active, tags } => self.clone_point(point, layer, *active, tags),
             LvmStep::Swap { new, old, work, .. } => self.swap(new, old, work),
             LvmStep::Merge { point, area, tags, work, .. } => {
@@ -205,13 +210,14 @@ impl StepRunner<'_> {
                 }
                 (kept, None)
             }
-            LvmStep::Merge { point, safety, work, kept, since, .. } => {
+            LvmStep::Merge { point, safety, work, kept, .. } => {
                 let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
                 let Some(safety) = group.row(safety.as_str()) else { return Ok(Salvage::Nothing) };
                 if begun && safety.invalid {
                     return self.complete_instead(step);
                 }
-                if !begun || !since.may_have_passed(self.path) {
+                let since = safety.parsed_tags().since;
+                if !begun || since.is_some_and(|since| !since.may_have_passed(self.path)) {
                     return Ok(Salvage::Nothing);
                 }
                 // Merging the safety snapshot writes at most the data in it.
@@ -223,7 +229,7 @@ impl StepRunner<'_> {
             }
         };
         if group.row(kept.as_str()).is_none() {
-            self.snapshot(kept, area, &tags::of_work("kept", None))?;
+            self.snapshot(kept, area, &tags::of_work("kept", None), None)?;
         }
         let mut message = format!(
             "{}: the volume may have been written after the crash; the revert was undone, and what {} held then is kept as \
@@ -271,8 +277,14 @@ impl StepRunner<'_> {
     }
 
     /// Takes a snapshot in one command. Only if that fails, it is checked if the snapshot was taken before:
-    /// this runs during the guest's pause.
-    fn snapshot(&self, layer: &LayerName, area: Option<u64>, tags: &[String]) -> Result<()> {
+    /// this runs during the guest's pause. `since` is a tag by which it is not known again.
+    fn snapshot(
+        &self,
+        layer: &LayerName,
+        area: Option<u64>,
+        tags: &[String],
+        since: Option<&str>,
+    ) -> Result<()> {
         let area = area.map(|bytes| format!("{bytes}b"));
         let origin = self.volume.to_string();
         let mut args = vec!["lvcreate", "-q", "-y", "-s", "-n", layer.as_str()];
@@ -281,7 +293,7 @@ impl StepRunner<'_> {
             // Inactive, and skipped at activation, so that it is not written by mistake.
             None => args.push("-ky"),
         }
-        for tag in tags {
+        for tag in tags.iter().map(String::as_str).chain(since) {
             args.extend(["--addtag", tag]);
         }
         args.push(&origin);
@@ -364,7 +376,7 @@ impl StepRunner<'_> {
         }
         // 3) Take the point again. A crash between 2) and 3) leaves only the volume with its data: a repeated
         //    call finds no point, and takes it. A point with the operation's tags has been taken again.
-        self.snapshot(point, Some(area), tags)
+        self.snapshot(point, Some(area), tags, None)
     }
 
     /// Merges a thick snapshot into the volume, and waits until it is gone.

@@ -2,6 +2,8 @@
 
 use snapcore::{LayerName, SnapshotName};
 
+use crate::device::DeviceState;
+
 /// The tag of every volume that this backend created.
 pub(crate) const OURS: &str = "domsnap";
 
@@ -10,6 +12,7 @@ const PARENT: &str = "domsnap.parent=";
 const FROM: &str = "domsnap.from=";
 const WORK: &str = "domsnap.work=";
 const TAKEN: &str = "domsnap.taken=";
+const SINCE: &str = "domsnap.since=";
 
 /// Parsed tags of a volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,6 +29,8 @@ pub(crate) struct ParsedTags {
     pub(crate) work: Option<String>,
     /// For a point that was taken again: its first time, in seconds since 1970.
     pub(crate) taken: Option<i64>,
+    /// The state of its origin when it was taken.
+    pub(crate) since: Option<DeviceState>,
 }
 
 impl ParsedTags {
@@ -46,6 +51,8 @@ impl ParsedTags {
                 parsed.work = Some(work.to_owned());
             } else if let Some(taken) = tag.strip_prefix(TAKEN) {
                 parsed.taken = taken.parse().ok();
+            } else if let Some(since) = tag.strip_prefix(SINCE) {
+                parsed.since = DeviceState::parse(since);
             }
         }
         parsed
@@ -66,9 +73,14 @@ pub(crate) fn of_work(work: &str, from: Option<&LayerName>) -> Vec<String> {
     tags
 }
 
+/// Returns the tag that says how often the origin had been written.
+pub(crate) fn of_writes(state: &DeviceState) -> String {
+    format!("{SINCE}{state}")
+}
+
 /// Returns the tags of a point that an operation takes again, from its previous tags.
 pub(crate) fn retaken(previous: &[String], work: &str, taken: i64) -> Vec<String> {
-    let is_kept = |tag: &&String| !tag.starts_with(WORK) && !tag.starts_with(TAKEN);
+    let is_kept = |tag: &&String| ![WORK, TAKEN, SINCE].iter().any(|prefix| tag.starts_with(prefix));
     let mut tags: Vec<String> = previous.iter().filter(is_kept).cloned().collect();
     let taken = ParsedTags::of(previous.iter().map(String::as_str)).taken.unwrap_or(taken);
     tags.push(format!("{WORK}{work}"));
@@ -97,6 +109,16 @@ mod tests {
             (parsed.ours, parsed.name.as_deref(), parsed.parent),
             (true, Some("v1:2026+x"), Some(parent))
         );
+    }
+
+    /// A state that was written to a tag is read from it, and lvm accepts its characters.
+    #[test]
+    fn state_of_the_origin_is_parsed_as_written() {
+        let state = DeviceState::fresh();
+        let tag = of_writes(&state);
+        assert!(tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+.-/=!:&#".contains(&b)), "{tag}");
+        assert_eq!(ParsedTags::of([tag.as_str()]).since, Some(state));
+        assert_eq!(ParsedTags::of(["domsnap.since=x", "domsnap.since=:"]).since, None);
     }
 
     /// A point that was taken again twice keeps its first time.

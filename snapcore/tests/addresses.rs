@@ -312,7 +312,7 @@ async fn place_of_memory_is_read_by_the_hypervisor() {
 /// reverted to.
 #[test]
 fn a_killed_operation_with_memory_in_rows_is_recovered() {
-    for operation in ["create", "revert", "delete"] {
+    for operation in ["create", "revert", "keeping revert", "delete"] {
         let mut ends = Vec::new();
         for of_disk in [false, true] {
             for (number, when) in (1..).flat_map(|number| [(number, When::Before), (number, When::After)]) {
@@ -351,6 +351,11 @@ fn killed(operation: &str, of_disk: bool, number: usize, when: When) -> Option<R
         let operation = async {
             match operation {
                 "create" => service.create(&stopped, CreateRequest::new(name("s3")), go()).await.map(drop),
+                // Two operations: the state before the revert is kept by the first.
+                "keeping revert" => {
+                    let revert = RevertRequest::new(name("s1")).keep(KeepPrevious::Memory);
+                    service.revert(&stopped, revert, go()).await.map(drop)
+                }
                 "revert" => service.revert(&stopped, RevertRequest::new(name("s1")), go()).await.map(drop),
                 _ => service.delete(&stopped, DeleteRequest::new(vec![name("s1")]), go()).await.map(drop),
             }
@@ -369,15 +374,27 @@ fn killed(operation: &str, of_disk: bool, number: usize, when: When) -> Option<R
     let end = started().block_on(async {
         let service = table.service_with(Some(&machine));
         let reports = service.recover(Some(&web), go()).await.unwrap();
-        let [report] = &reports[..] else { panic!("{context}: {reports:?}") };
         assert!(machine.is_running() && machine.is_attached(), "{context}");
         let now = machine.guest();
-        assert!(now == 3 || (operation, now) == ("revert", 1), "{context}: {now}");
+        let end = match (operation, &reports[..]) {
+            ("keeping revert", _) if now == 1 => RecoveryEnd::Done,
+            ("keeping revert", _) => RecoveryEnd::Undone,
+            (_, [report]) => report.end,
+            _ => panic!("{context}: {reports:?}"),
+        };
+        assert!(now == 3 || operation.ends_with("revert") && now == 1, "{context}: {now}");
         table.assert_all_are(&machine, now);
-        let snapshots = service.list(&web).await.unwrap().snapshots;
+        let Listing { snapshots, previous, .. } = service.list(&web).await.unwrap();
+        assert_eq!(
+            previous.is_some(),
+            operation == "keeping revert" && end == RecoveryEnd::Done,
+            "{context}"
+        );
         let images: Vec<DiskAddress> =
             snapshots.iter().map(|snapshot| snapshot.memory.as_ref().unwrap().image.clone()).collect();
-        assert_eq!(machine.table().images.keys().cloned().collect::<Vec<_>>(), images, "{context}");
+        let mut left: Vec<DiskAddress> = machine.table().images.keys().cloned().collect();
+        left.retain(|image| previous.is_none() || images.contains(image));
+        assert_eq!(left, images, "{context}");
         assert!(machine.table().images.values().all(|row| row.whole), "{context}");
         assert_eq!(service.check(&web).await.unwrap(), Vec::new(), "{context}");
         for snapshot in snapshots {
@@ -385,7 +402,7 @@ fn killed(operation: &str, of_disk: bool, number: usize, when: When) -> Option<R
             service.revert(&web, RevertRequest::new(snapshot.name), go()).await.unwrap();
             table.assert_all_are(&machine, number);
         }
-        report.end
+        end
     });
     assert!(table.backend.disks().values().all(|row| row.aside.is_empty()), "{context}");
     table.assert_no_file();

@@ -290,7 +290,7 @@ impl RowLive {
         let pause = || machine.running.store(false, Ordering::SeqCst);
         let mut facts = StepOutcome::default();
         match step {
-            DomainStep::Instant { memory, .. } => {
+            DomainStep::Instant { memory, then, .. } => {
                 pause();
                 if let Some(memory) = memory {
                     machine.read(&memory.image)?;
@@ -298,7 +298,9 @@ impl RowLive {
                     machine.table().images.insert(memory.image.clone(), row);
                 }
                 context.inside.run(None).await?;
-                machine.resume();
+                if *then != Some(PowerAfter::Paused) {
+                    machine.resume();
+                }
                 let consistency = if memory.is_some() { Consistency::Memory } else { Consistency::Crash };
                 facts = facts.taken(Some(Taken::new(Timestamp::now(), consistency, true, "rows")));
             }
