@@ -5,8 +5,13 @@ use snapcore::{DiskRecord, shown_size};
 
 use crate::layers::require_known_kind;
 use crate::names::Volume;
-use crate::report::{Row, VolumeGroup, VolumeKind};
+use crate::report::{Row, Share, VolumeGroup, VolumeKind};
 use crate::rules::{Rules, WARN_PERCENT};
+
+/// Free part of a thin pool's metadata below which lvm takes no new volumes, in bytes; and the most that it
+/// asks for, in percent.
+const METADATA_FREE: u64 = 4 << 20;
+const METADATA_FREE_PERCENT: u32 = 25;
 
 /// Returns a warning for a thick snapshot's area that overflowed, or will overflow.
 pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, String)> {
@@ -65,7 +70,7 @@ pub(crate) fn check(
     let concerned = |row: &&Row| {
         row.name == volume.name
             || record.owned.contains(&row.layer())
-            || (row.parsed_tags().ours && volume.is_point(&row.name))
+            || (row.parsed_tags().ours && (volume.is_point(&row.name) || volume.is_salvaged(&row.name)))
     };
     for row in group.rows.iter().filter(concerned) {
         let subject = format!("{}/{}", group.name, row.name);
@@ -118,12 +123,20 @@ pub(crate) fn pool_full(group: &VolumeGroup, pool: &Row, rules: &Rules) -> Optio
             shown_size(group.free)
         ));
     }
-    let metadata = pool.metadata.filter(|metadata| metadata.reaches(rules.pool_metadata_percent))?;
+    let limit = Share::of_percent(rules.pool_metadata_percent).min(lvms_limit(pool));
+    let metadata = pool.metadata.filter(|metadata| *metadata >= limit)?;
     let size = pool.metadata_size.map_or_else(String::new, |size| format!(" of its {}", shown_size(size)));
     Some(format!(
-        "the thin pool {name} has {metadata}{size} of metadata in use, and {} % is the limit: when it is full, the pool must be \
+        "the thin pool {name} has {metadata}{size} of metadata in use, and {limit} is the limit: when it is full, the pool must be \
          repaired; give it more: 'lvextend --poolmetadatasize +SIZE {name}' ({} is free in the group)",
-        rules.pool_metadata_percent,
         shown_size(group.free)
     ))
+}
+
+/// Returns the fill level of a pool's metadata from which lvm itself takes no new volumes: it keeps a quarter
+/// free, or 4 MiB if that is less (lvm2, `lib/metadata/thin_manip.c`). Without this check the operation would
+/// fail in the cut, while a guest is paused.
+fn lvms_limit(pool: &Row) -> Share {
+    let free = pool.metadata_size.map_or(Share::of_percent(0), |size| Share::of_part(METADATA_FREE, size));
+    free.min(Share::of_percent(METADATA_FREE_PERCENT)).rest()
 }

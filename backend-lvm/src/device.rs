@@ -71,37 +71,50 @@ pub struct DeviceState {
     boot: String,
     /// Number of writes to the device so far.
     writes: u64,
+    /// Sequence number of the device, which no other device of this boot has (Linux 5.15 and later). A volume
+    /// that is deactivated and activated again has a new device, whose writes are counted from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sequence: Option<u64>,
 }
 
 impl DeviceState {
     /// Takes the current state.
     pub(crate) fn now(path: &Utf8Path) -> Self {
-        Self { boot: boot(), writes: writes(path).unwrap_or(0) }
+        Self { boot: boot(), writes: writes(path).unwrap_or(0), sequence: sequence(path) }
     }
 
     /// Makes the state of a device that is about to be created.
     pub(crate) fn fresh() -> Self {
-        Self { boot: boot(), writes: 0 }
+        Self { boot: boot(), writes: 0, sequence: None }
     }
 
-    /// Returns true if the device may have been written since. A device that does not exist now was not, in
-    /// this boot; after another boot it is not known.
+    /// Returns true if the device may have been written since. That is not known after another boot, of a
+    /// device that does not exist now (a volume that was deactivated), and of another device at the path.
     pub(crate) fn may_have_passed(&self, path: &Utf8Path) -> bool {
-        boot() != self.boot || writes(path).is_some_and(|writes| writes != self.writes)
+        let is_another = |then: u64| sequence(path).is_some_and(|now| now != then);
+        boot() != self.boot
+            || writes(path).is_none_or(|now| now != self.writes)
+            || self.sequence.is_some_and(is_another)
     }
 }
 
 impl DeviceState {
     /// Reads what was written with its `Display`.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let (boot, writes) = text.rsplit_once(':')?;
-        Some(Self { boot: boot.to_owned(), writes: writes.parse().ok()? })
+        // A boot's identity is a UUID. Further fields, of a later version, are ignored.
+        let mut fields = text.split(':');
+        let (boot, writes) = (fields.next()?.to_owned(), fields.next()?.parse().ok()?);
+        Some(Self { boot, writes, sequence: fields.next().and_then(|sequence| sequence.parse().ok()) })
     }
 }
 
 impl fmt::Display for DeviceState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.boot, self.writes)
+        write!(f, "{}:{}", self.boot, self.writes)?;
+        match self.sequence {
+            Some(sequence) => write!(f, ":{sequence}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -112,4 +125,36 @@ fn boot() -> String {
 /// Documentation/block/stat.rst: the fifth is write I/Os.
 fn writes(path: &Utf8Path) -> Option<u64> {
     sysfs(path, "stat")?.split_whitespace().nth(4)?.parse().ok()
+}
+
+/// Documentation/ABI/stable/sysfs-block: `diskseq`.
+fn sequence(path: &Utf8Path) -> Option<u64> {
+    sysfs(path, "diskseq")?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device that does not exist now, because its volume was deactivated, may have been written before.
+    #[test]
+    fn missing_device_may_have_been_written() {
+        let missing = Utf8Path::new("/dev/domsnap-has-no-such-group/volume");
+        assert!(DeviceState::fresh().may_have_passed(missing));
+        assert!(DeviceState::now(missing).may_have_passed(missing));
+    }
+
+    /// A state is read with and without a sequence number, and with fields that are not known yet.
+    #[test]
+    fn state_is_read_with_and_without_a_sequence() {
+        let read = |text: &str| DeviceState::parse(text).map(|state| (state.writes, state.sequence));
+        assert_eq!(read("b:1"), Some((1, None)));
+        assert_eq!(read("b:1:2"), Some((1, Some(2))));
+        assert_eq!(read("b:1:2:x"), Some((1, Some(2))));
+        assert_eq!(read("b:1:x"), Some((1, None)));
+        assert_eq!(read("b"), None);
+        assert_eq!(read("b:x:2"), None);
+        let earlier = serde_json::from_str::<DeviceState>(r#"{"boot":"b","writes":1}"#).expect("a journal's");
+        assert_eq!(earlier.to_string(), "b:1");
+    }
 }

@@ -21,10 +21,14 @@
 //!
 //! # Order of durability
 //!
-//! A command of lvm2 commits the group's metadata once, atomically and durably; a crash leaves the state
-//! before or after it. If a step has two commands, its `status` shows by the existing volumes which of them
-//! were done. Repeating and undoing both start from there:
+//! A command of lvm2 commits the group's metadata atomically and durably, and most commands do that once; a
+//! crash leaves the state before or after the commit. If a step has several commits, its `status` shows by
+//! the existing volumes which of them were done. Repeating and undoing both start from there:
 //!
+//! * `lvcreate -s` of a thick volume commits twice: first a plain volume with all tags, which is then zeroed;
+//!   then its conversion to a snapshot. A failure or a crash between the two leaves the plain volume. So the
+//!   tags do not show that a thick snapshot is complete; its kind and its origin do. A plain volume with the
+//!   tags is never merged: it is removed, and the snapshot is taken again if it is needed.
 //! * Between the two renames of a thin revert **the configured name is absent**, for the time of one command.
 //!   A crash there leaves it absent until `domsnap recover`, which gives it to the previous volume (or, by
 //!   hand: `lvrename VG LV.ds-X-old LV`).

@@ -96,6 +96,11 @@ impl Volume {
         self.suffix_of(name).is_some_and(|mark| mark.ends_with("-new") || mark.ends_with("-old"))
     }
 
+    /// Returns true if `name` is one of saved data of a domain that was started in the middle of a revert.
+    pub(crate) fn is_salvaged(&self, name: &str) -> bool {
+        self.suffix_of(name).is_some_and(|mark| mark.ends_with("-kept"))
+    }
+
     /// Returns true if `name` is one that this backend gives to volumes made of this one.
     pub(crate) fn is_made_of_it(&self, name: &str) -> bool {
         self.suffix_of(name).is_some()
@@ -219,7 +224,8 @@ mod tests {
                 && volume.is_temporary(volume.previous(1).as_str())
         );
         assert!(
-            !volume.is_point(volume.salvaged(1).as_str())
+            volume.is_salvaged(volume.salvaged(1).as_str())
+                && !volume.is_point(volume.salvaged(1).as_str())
                 && !volume.is_temporary(volume.salvaged(1).as_str())
         );
         for other in [

@@ -243,7 +243,9 @@ impl Planner<'_> {
         self.refuse_dependents(&[volume.layer()])?;
         let (new, old, kept) = (volume.replacement(stamp), volume.previous(stamp), volume.salvaged(stamp));
         let work = format!("{stamp:08x}");
-        let tags = tags::of_work(&work, Some(&row.layer()));
+        let mut tags = tags::of_work(&work, Some(&row.layer()));
+        // The new volume takes this one's place, and other programs and lvm.conf may select it by its tags.
+        tags.extend(tags::of_others(&self.current.tags).cloned());
         let active = self.current.active;
         let clone = LvmStep::Clone { point: row.layer(), layer: new.clone(), active, tags };
         self.push(Group::Prepare, clone, format!("create {new} as a copy of {}", row.name), 0);
@@ -611,14 +613,25 @@ impl Planner<'_> {
         }
     }
 
-    /// Refuses a merge that would overflow a later snapshot. A merge writes to the volume, and the
-    /// overwritten data goes into every later snapshot, whatever created it.
+    /// Refuses a merge that would overflow another snapshot. A merge writes to the volume, and the
+    /// overwritten data goes into every other snapshot that does not have it, whatever created it.
     fn require_room_beside(&self, merged: &Row) -> Result<()> {
         for row in self.group.snapshots(self.volume) {
-            let later = row.name != merged.name && row.time >= merged.time;
+            // An earlier snapshot has each chunk that was overwritten since the merged one was taken. It
+            // lacks what was written to the merged one itself, and the rest of chunks larger than its own.
+            let is_at_most = |chunk: u64| merged.chunk.is_some_and(|merged| merged <= chunk);
+            let has_it = row.time < merged.time
+                && merged.access == Access::ReadOnly
+                && row.chunk.is_some_and(is_at_most);
+            let is_concerned = row.name != merged.name && !row.invalid && !has_it;
             let free = row.size.saturating_sub(row.used());
-            let needed = merged.used().min(row.visible_size());
-            if later && !row.invalid && needed > free && !row.has_room_for_all() {
+            // A small chunk that the merge writes takes a whole chunk of its own in the other area.
+            let chunks = |row: &Row| row.chunk.unwrap_or_default();
+            let times = chunks(row).checked_div(chunks(merged)).unwrap_or(1).max(1);
+            let needed = merged.used().saturating_mul(times).min(row.visible_size());
+            if is_concerned && needed > free && !row.has_room_for_all() {
+                // lvm accepts whole extents.
+                let more = self.rules.cow_for(needed, self.group.extent);
                 return Err(Error::new(
                     ErrorKind::Refused,
                     format!(
@@ -633,7 +646,7 @@ impl Planner<'_> {
                 )
                 .state("no changes made")
                 .advise(format!(
-                    "give it more room: 'lvextend -L+{needed}b {}/{}'; or delete that snapshot",
+                    "give it more room: 'lvextend -L+{more}b {}/{}'; or delete that snapshot",
                     self.volume.group, row.name
                 )));
             }

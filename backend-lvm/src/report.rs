@@ -28,6 +28,22 @@ pub(crate) struct Share(u32);
 impl Share {
     const WHOLE: Self = Self(10_000);
 
+    /// Returns so many percent.
+    pub(crate) fn of_percent(percent: u32) -> Self {
+        Self(percent.saturating_mul(100))
+    }
+
+    /// Returns the share that `part` is of `whole`, rounded up.
+    pub(crate) fn of_part(part: u64, whole: u64) -> Self {
+        let hundredths = (u128::from(part) * 10_000).div_ceil(u128::from(whole.max(1)));
+        Self(u32::try_from(hundredths).unwrap_or(u32::MAX))
+    }
+
+    /// Returns the rest of the whole.
+    pub(crate) fn rest(self) -> Self {
+        Self(Self::WHOLE.0.saturating_sub(self.0))
+    }
+
     /// Returns true if it is at least `percent` percent.
     pub(crate) fn reaches(self, percent: u32) -> bool {
         self.0 >= percent.saturating_mul(100)
@@ -109,7 +125,7 @@ pub(crate) struct Row {
     pub(crate) invalid: bool,
     /// Empty if it is healthy.
     pub(crate) health: String,
-    /// Creation time, in seconds since 1970.
+    /// Creation time, in seconds since 1970; 0 if lvm does not know it.
     pub(crate) time: i64,
     pub(crate) tags: Vec<String>,
 }
@@ -162,9 +178,11 @@ impl Row {
         chunks.saturating_add(tables).saturating_add(2).saturating_mul(chunk) <= self.size
     }
 
-    /// Returns the used bytes of a thick snapshot's area.
+    /// Returns an upper bound of the used bytes of a thick snapshot's area: lvm rounds the share to the
+    /// nearest hundredth of a percent.
     pub(crate) fn used(&self) -> u64 {
-        self.data.map_or(self.size, |share| share.of(self.size))
+        let bound = |share: Share| Share(share.0.saturating_add(1)).of(self.size).min(self.size);
+        self.data.map_or(self.size, bound)
     }
 }
 
@@ -399,7 +417,11 @@ fn row(fields: Fields) -> Result<Row> {
         merge_failed: fields.lv_merge_failed == "1",
         invalid: fields.lv_snapshot_invalid == "1",
         health: fields.lv_health_status,
-        time: fields.lv_time.parse().map_err(|_| unreadable("lv_time", &fields.lv_time))?,
+        // Before 2.02.89 lvm did not record it.
+        time: match fields.lv_time.as_str() {
+            "" => 0,
+            time => time.parse().map_err(|_| unreadable("lv_time", time))?,
+        },
         tags: fields.lv_tags.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect(),
     })
 }
@@ -554,6 +576,46 @@ mod tests {
             let error = parse(&broken).expect_err("it is inconsistent");
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{to}: {error}");
         }
+    }
+
+    /// lvm rounds to the nearest hundredth of a percent, so the bound is the next one, and at most the area.
+    #[test]
+    fn used_bytes_are_an_upper_bound() {
+        let recorded = recorded();
+        let mut row = recorded.row("thick.ds-00000004").expect("it is there").clone();
+        row.size = 1_000_000;
+        for (share, used) in [("0.00", 100), ("18.87", 188_800), ("99.99", 1_000_000), ("100.00", 1_000_000)]
+        {
+            row.data = super::share("x", share).expect("a share");
+            assert_eq!(row.used(), used, "{share}");
+        }
+        row.data = None;
+        assert_eq!(row.used(), row.size, "it is not known");
+    }
+
+    /// The area of a point with `--lvm-area 100` has room for all, whatever the sizes.
+    #[test]
+    fn area_of_100_percent_cannot_overflow() {
+        let rules = crate::rules::Rules { cow_percent: 100, ..Default::default() };
+        let mut row = recorded().row("thick.ds-00000004").expect("it is there").clone();
+        row.chunk = Some(4096);
+        for size in [8 << 10, 1 << 20, 32 << 20, (32 << 20) + 8192, 10 << 30, 1 << 40] {
+            for extent in [8 << 10, 128 << 10, 4 << 20] {
+                row.origin_size = Some(size);
+                row.size = rules.cow_bytes(size, extent);
+                assert!(row.has_room_for_all(), "{size} in extents of {extent}");
+                assert_eq!(row.size % extent, 0);
+            }
+        }
+    }
+
+    /// A volume without a creation time is the oldest, and no error.
+    #[test]
+    fn volume_without_a_time_is_read() {
+        let report = RECORDED.replace("\"lv_time\":\"1795428137\"", "\"lv_time\":\"\"");
+        assert_ne!(report, RECORDED);
+        let group = parse(&report).expect("a report").expect("a group");
+        assert_eq!(group.row("thick").map(|row| row.time), Some(0));
     }
 
     #[test]

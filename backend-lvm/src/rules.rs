@@ -16,6 +16,14 @@ pub(crate) const WARN_PERCENT: u32 = 80;
 /// Extents of a snapshot's area beyond its known data: for its own metadata.
 const SLACK_EXTENTS: u64 = 2;
 
+/// Chunks of data in a snapshot's area for each chunk of entries: lvm's default chunk has 4 KiB, an entry 16
+/// bytes.
+const CHUNKS_PER_TABLE: u64 = 256;
+
+/// Bytes of the other chunks of a snapshot's area: its header, the last table, one that the kernel wants
+/// free, and what rounding takes.
+const OVERHEAD: u64 = 4 * 4096;
+
 /// The rules of one backend.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
@@ -36,10 +44,14 @@ impl Default for Rules {
 
 impl Rules {
     /// Returns the area for a point of a volume of `size` bytes, in whole extents. lvm makes it no larger
-    /// than can ever be used.
+    /// than can ever be used. From 100 % on it has room for every chunk and its entry: it cannot overflow.
     pub(crate) fn cow_bytes(&self, size: u64, extent: u64) -> u64 {
         let share = u128::from(size) * u128::from(self.cow_percent) / 100;
-        whole_extents(u64::try_from(share).unwrap_or(u64::MAX), extent, 1)
+        let tables = match self.cow_percent {
+            ..100 => 0,
+            100.. => u128::from(size / CHUNKS_PER_TABLE + OVERHEAD),
+        };
+        whole_extents(u64::try_from(share + tables).unwrap_or(u64::MAX), extent, 1)
     }
 
     /// Returns the area for data that is written once: `used` bytes.

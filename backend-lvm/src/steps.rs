@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 use snapcore::backend::{Salvage, StepStatus};
-use snapcore::{Error, ErrorKind, LayerName, Result};
+use snapcore::{Error, ErrorKind, LayerName, Result, shown_size};
 
 use crate::command::{CHANGE, Lvm2, MERGE};
 use crate::device::{self, DeviceState};
 use crate::layers::require_whole;
 use crate::lock::VolumeLock;
 use crate::names::Volume;
-use crate::report::{Row, VolumeGroup};
+use crate::report::{Row, VolumeGroup, VolumeKind};
 use crate::tags;
 
 /// Poll interval and time limit for a volume that should be closed. udev briefly opens new volumes; it closes
@@ -22,11 +22,15 @@ use crate::tags;
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Interval in which lvm asks for the progress of a merge, in seconds. Its default is 15, and a guest may be
+/// paused until lvm notices the end.
+const POLL: &str = "1";
+
 /// An action on a volume, one per step. Layers are volumes of the same group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum LvmStep {
-    /// Takes a snapshot of the volume: one command, one commit of metadata.
+    /// Takes a snapshot of the volume: one command. For a thick snapshot lvm commits its metadata twice.
     Snapshot {
         /// Its name.
         layer: LayerName,
@@ -116,6 +120,7 @@ impl StepRunner<'_> {
         let group = self.group()?;
         match step {
             LvmStep::Snapshot { layer, tags, .. } | LvmStep::Clone { layer, tags, .. } => {
+                // The tags suffice: the plain volume of a thick snapshot that was only begun is removed too.
                 match group.row(layer.as_str()).filter(|row| has_tags(row, tags)) {
                     Some(_) => self.remove(std::slice::from_ref(layer)),
                     None => Ok(()),
@@ -138,7 +143,8 @@ impl StepRunner<'_> {
             }
             LvmStep::Merge { point, safety, area, tags, work, .. } => {
                 let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
-                if !begun || group.row(safety.as_str()).is_none() {
+                // A safety volume that is no snapshot has none of the data: nothing was begun then.
+                if !begun || !group.row(safety.as_str()).is_some_and(|row| self.is_snapshot(row)) {
                     return Ok(());
                 }
                 // 1) First complete the step, so that the point exists again: a merge consumes it. 2) Only
@@ -157,10 +163,12 @@ impl StepRunner<'_> {
     pub(crate) fn status(&self, step: &LvmStep) -> Result<StepStatus> {
         let group = self.group()?;
         let there = |layer: &LayerName| group.row(layer.as_str());
+        let is_thick = matches!(step, LvmStep::Snapshot { area: Some(_), .. });
         Ok(match step {
             LvmStep::Snapshot { layer, tags, .. } | LvmStep::Clone { layer, tags, .. } => {
                 match there(layer) {
-                    Some(row) if has_tags(row, tags) => StepStatus::Done,
+                    Some(row) if self.is_made(row, tags, is_thick) => StepStatus::Done,
+                    Some(row) if is_begun(row, tags, is_thick) => StepStatus::Partly,
                     // The new volume of a revert, under its final name.
                     None if group.row(&self.volume.name).is_some_and(|row| has_tags(row, tags)) => {
                         StepStatus::Done
@@ -174,8 +182,8 @@ impl StepRunner<'_> {
                 None => StepStatus::Partly,
             },
             LvmStep::Merge { point, work, .. } => match there(point) {
-                Some(row) if is_of(row, work) => StepStatus::Done,
-                Some(row) if !row.merging => StepStatus::NotDone,
+                Some(row) if is_of(row, work) && self.is_snapshot(row) => StepStatus::Done,
+                Some(row) if !row.merging && !is_of(row, work) => StepStatus::NotDone,
                 _ => StepStatus::Partly,
             },
             LvmStep::Remove { layers } => {
@@ -202,17 +210,25 @@ impl StepRunner<'_> {
             self.merge(point)?;
             group = self.group()?;
         }
-        let (kept, area) = match step {
+        // `roomy` is the size of an area that also has room for what a domain writes later.
+        let (kept, area, roomy) = match step {
             LvmStep::Swap { work, kept, since, .. } => {
                 let swapped = group.row(&self.volume.name).is_some_and(|row| is_of(row, work));
                 if !swapped || !since.may_have_passed(self.path) {
                     return Ok(Salvage::Nothing);
                 }
-                (kept, None)
+                (kept, None, 0)
             }
             LvmStep::Merge { point, safety, work, kept, .. } => {
                 let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
-                let Some(safety) = group.row(safety.as_str()) else { return Ok(Salvage::Nothing) };
+                // A safety volume that is no snapshot was only begun, and nothing after it was.
+                let Some(safety) = group.row(safety.as_str()).filter(|row| self.is_snapshot(row)) else {
+                    return Ok(Salvage::Nothing);
+                };
+                // The undo has begun, and completes this merge: lvm takes no snapshot of the volume now.
+                if safety.merging {
+                    return Ok(Salvage::Nothing);
+                }
                 if begun && safety.invalid {
                     return self.complete_instead(step);
                 }
@@ -220,24 +236,43 @@ impl StepRunner<'_> {
                 if !begun || since.is_some_and(|since| !since.may_have_passed(self.path)) {
                     return Ok(Salvage::Nothing);
                 }
-                // Merging the safety snapshot writes at most the data in it.
+                // Merging the safety snapshot writes at most the data in it. What the domain writes later
+                // goes into this area too.
                 let extent = group.extent.max(1);
-                (kept, Some(safety.used().div_ceil(extent).saturating_add(2).saturating_mul(extent)))
+                let needed = safety.used().div_ceil(extent).saturating_add(2).saturating_mul(extent);
+                let roomy = needed.saturating_add(safety.size);
+                (kept, Some(if roomy <= group.free { roomy } else { needed }), roomy)
             }
             LvmStep::Snapshot { .. } | LvmStep::Clone { .. } | LvmStep::Remove { .. } => {
                 return Ok(Salvage::Nothing);
             }
         };
-        if group.row(kept.as_str()).is_none() {
-            self.snapshot(kept, area, &tags::of_work("kept", None), None)?;
-        }
+        let tags = tags::of_work("kept", None);
+        let size = match group.row(kept.as_str()) {
+            Some(row) if self.is_made(row, &tags, area.is_some()) => row.size,
+            found => {
+                if found.is_some_and(|row| is_begun(row, &tags, area.is_some())) {
+                    self.remove(std::slice::from_ref(kept))?;
+                }
+                self.snapshot(kept, area, &tags, None)?;
+                area.unwrap_or_default()
+            }
+        };
         let mut message = format!(
             "{}: the volume may have been written after the crash; the revert was undone, and what {} held then is kept as \
              {}/{kept}: remove it when it is of no use",
             self.path, self.volume, self.volume.group
         );
+        if size < roomy {
+            message += &format!(
+                "; its area of {} has little room, and writes to the volume will soon fill it; it is lost then: before the domain \
+                 is started, extend it ('lvextend -L+SIZE {}/{kept}', after 'vgextend') or copy it",
+                shown_size(size),
+                self.volume.group
+            );
+        }
         if let LvmStep::Merge { point, .. } = step
-            && group.row(point.as_str()).is_none()
+            && !group.row(point.as_str()).is_some_and(|row| self.is_snapshot(row))
         {
             message += &format!(
                 "; {point} was being merged and is taken again from the volume as it is now: it has what was written since"
@@ -297,7 +332,7 @@ impl StepRunner<'_> {
             args.extend(["--addtag", tag]);
         }
         args.push(&origin);
-        self.create(layer, tags, &args)
+        self.create(layer, tags, area.is_some(), &args)
     }
 
     fn clone_point(&self, point: &LayerName, layer: &LayerName, active: bool, tags: &[String]) -> Result<()> {
@@ -317,14 +352,26 @@ impl StepRunner<'_> {
             args.extend(["--addtag", tag]);
         }
         args.push(&origin);
-        self.create(layer, tags, &args)
+        self.create(layer, tags, false, &args)
     }
 
-    fn create(&self, layer: &LayerName, tags: &[String], args: &[&str]) -> Result<()> {
+    fn create(&self, layer: &LayerName, tags: &[String], is_thick: bool, args: &[&str]) -> Result<()> {
         let Err(error) = self.change(args, CHANGE) else { return Ok(()) };
         let group = self.group()?;
         match group.row(layer.as_str()) {
-            Some(row) if has_tags(row, tags) => Ok(()),
+            Some(row) if self.is_made(row, tags, is_thick) => Ok(()),
+            // lvm failed between its two commits, and could not revert the first.
+            Some(row) if is_begun(row, tags, is_thick) => {
+                Err(match self.remove(std::slice::from_ref(layer)) {
+                    Ok(()) => error,
+                    Err(left) => {
+                        let full = self.full(layer.as_str());
+                        error
+                            .state(format!("{full} is a plain volume, and cannot be removed: {left}"))
+                            .advise(format!("run 'domsnap recover'; or, by hand: 'lvremove {full}'"))
+                    }
+                })
+            }
             Some(_) => Err(Error::new(
                 ErrorKind::Exists,
                 format!("{} exists, and is not what was to be made", self.full(layer.as_str())),
@@ -335,14 +382,26 @@ impl StepRunner<'_> {
         }
     }
 
+    /// Returns true if the volume is what a command was to make. For a thick snapshot the tags alone do not
+    /// show that.
+    fn is_made(&self, row: &Row, tags: &[String], is_thick: bool) -> bool {
+        has_tags(row, tags) && (!is_thick || self.is_snapshot(row))
+    }
+
+    /// Returns true for a complete thick snapshot of the volume, also while it is being merged.
+    fn is_snapshot(&self, row: &Row) -> bool {
+        row.kind == VolumeKind::ThickSnapshot && row.origin.as_deref() == Some(self.volume.name.as_str())
+    }
+
     fn swap(&self, new: &LayerName, old: &LayerName, work: &str) -> Result<()> {
         let group = self.group()?;
         match group.row(&self.volume.name) {
             Some(row) if is_of(row, work) => return Ok(()),
             Some(_) => {
-                // 1) No process may have the volume open: it would continue under another name. 2) Free the
-                //    name. From here until 3) the name is absent; a crash leaves it so, and `status` reports
-                //    `Partly`.
+                // 1) The new volume must be active: without a device the domain could not start. No process
+                //    may have the volume open: it would continue under another name. 2) Free the name. From
+                //    here until 3) the name is absent; a crash leaves it so, and `status` reports `Partly`.
+                self.require_active(&group, new)?;
                 self.require_closed("its user would continue on a volume of another name")?;
                 self.rename(&self.volume.name, old.as_str())?;
             }
@@ -358,6 +417,30 @@ impl StepRunner<'_> {
         self.rename(new.as_str(), &self.volume.name)
     }
 
+    /// Refuses a new volume that is not active. If lvm's configuration excludes a volume from activation,
+    /// `lvcreate` does not activate it, and reports success.
+    fn require_active(&self, group: &VolumeGroup, new: &LayerName) -> Result<()> {
+        let full = self.full(new.as_str());
+        match group.row(new.as_str()) {
+            Some(row) if row.active => Ok(()),
+            Some(_) => Err(Error::new(
+                ErrorKind::Refused,
+                format!("{full} is not active, and is to become {}", self.volume),
+            )
+            .state(format!("no volume was renamed; {} is as before", self.volume))
+            .advise(format!(
+                "see activation/volume_list in lvm.conf: it must name the group {}, or a tag of {}; then try again",
+                self.volume.group, self.volume
+            ))),
+            None => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("there is no volume {full}, which is to become {}", self.volume),
+            )
+            .state(format!("no volume was renamed; {} is as before", self.volume))
+            .advise("another program removed it; try again")),
+        }
+    }
+
     fn rename(&self, from: &str, to: &str) -> Result<()> {
         self.change(&["lvrename", "-q", "-y", &self.volume.group, from, to], CHANGE)
     }
@@ -365,7 +448,11 @@ impl StepRunner<'_> {
     fn merge_and_take_again(&self, point: &LayerName, area: u64, tags: &[String], work: &str) -> Result<()> {
         let group = self.group()?;
         match group.row(point.as_str()) {
-            Some(row) if is_of(row, work) => return Ok(()),
+            Some(row) if is_of(row, work) && self.is_snapshot(row) => return Ok(()),
+            // The second command stopped between its two commits: see 3).
+            Some(row) if is_of(row, work) && row.kind == VolumeKind::Thick => {
+                self.remove(std::slice::from_ref(point))?;
+            }
             Some(row) => {
                 // 1) A damaged snapshot must not be merged: the merge would stop in the middle. 2) The merge
                 //    consumes the point.
@@ -375,7 +462,8 @@ impl StepRunner<'_> {
             None => {}
         }
         // 3) Take the point again. A crash between 2) and 3) leaves only the volume with its data: a repeated
-        //    call finds no point, and takes it. A point with the operation's tags has been taken again.
+        //    call finds no point, or a plain volume with the operation's tags, and takes it. A snapshot with
+        //    these tags has been taken again.
         self.snapshot(point, Some(area), tags, None)
     }
 
@@ -392,12 +480,16 @@ impl StepRunner<'_> {
             // Begun by a command that ended in the middle: the kernel continues it, and lvm must be notified
             // of its end.
             Some(found) if found.merging => {
-                self.change(&["lvpoll", "-q", "--polloperation", "merge", &self.volume.to_string()], MERGE)?;
+                let volume = self.volume.to_string();
+                self.change(
+                    &["lvpoll", "-q", "--interval", POLL, "--polloperation", "merge", &volume],
+                    MERGE,
+                )?;
             }
             Some(_) => {
                 let why = "lvm would defer its merge until the volume's next activation";
                 self.wait_closed(&self.volume.beside(layer.as_str()), why)?;
-                self.change(&["lvconvert", "-q", "-y", "--merge", &full], MERGE)?;
+                self.change(&["lvconvert", "-q", "-y", "--interval", POLL, "--merge", &full], MERGE)?;
             }
         }
         match row(&*self.group()?) {
@@ -553,6 +645,11 @@ impl LvmStep {
 
 fn is_of(row: &Row, work: &str) -> bool {
     row.parsed_tags().work.as_deref() == Some(work)
+}
+
+/// Returns true for the plain volume that `lvcreate -s` of a thick volume commits first.
+fn is_begun(row: &Row, tags: &[String], is_thick: bool) -> bool {
+    is_thick && row.kind == VolumeKind::Thick && has_tags(row, tags)
 }
 
 fn has_tags(row: &Row, tags: &[String]) -> bool {

@@ -73,6 +73,12 @@ pub(crate) fn of_work(work: &str, from: Option<&LayerName>) -> Vec<String> {
     tags
 }
 
+/// Returns the tags that are not this backend's.
+pub(crate) fn of_others(tags: &[String]) -> impl Iterator<Item = &String> {
+    tags.iter()
+        .filter(|tag| tag.strip_prefix(OURS).is_none_or(|rest| !rest.is_empty() && !rest.starts_with('.')))
+}
+
 /// Returns the tag that says how often the origin had been written.
 pub(crate) fn of_writes(state: &DeviceState) -> String {
     format!("{SINCE}{state}")
@@ -118,7 +124,21 @@ mod tests {
         let tag = of_writes(&state);
         assert!(tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+.-/=!:&#".contains(&b)), "{tag}");
         assert_eq!(ParsedTags::of([tag.as_str()]).since, Some(state));
+        let tag = "domsnap.since=0c7c2c2e-7e0e-4b5e-8f6e-8f0e4a3b2c1d:17:42";
+        let state = ParsedTags::of([tag]).since.expect("it has the device's sequence number");
+        assert_eq!(of_writes(&state), tag);
+        let earlier = "domsnap.since=0c7c2c2e-7e0e-4b5e-8f6e-8f0e4a3b2c1d:17";
+        let state = ParsedTags::of([earlier]).since.expect("earlier versions wrote this");
+        assert_eq!(of_writes(&state), earlier);
         assert_eq!(ParsedTags::of(["domsnap.since=x", "domsnap.since=:"]).since, None);
+    }
+
+    /// The tags of other programs are told apart from ours, also those that begin alike.
+    #[test]
+    fn tags_of_others_are_known() {
+        let tags = ["domsnap", "domsnap.work=1", "domsnap.name=x", "db", "domsnapper", "site.a"];
+        let tags = tags.map(str::to_owned);
+        assert_eq!(of_others(&tags).collect::<Vec<_>>(), ["db", "domsnapper", "site.a"]);
     }
 
     /// A point that was taken again twice keeps its first time.

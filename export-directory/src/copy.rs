@@ -40,11 +40,36 @@ pub struct DiskSource {
     pub changed: Option<Vec<Range<u64>>>,
 }
 
+/// State of the machine to export, which is no disk: firmware variables, a TPM's state. It is exported whole,
+/// as the file that it is.
+#[derive(Clone)]
+pub struct StateSource {
+    /// Its name.
+    pub target: Target,
+    /// Its format.
+    pub format: String,
+    /// The name of the file that the machine uses.
+    pub file_name: String,
+    /// The state.
+    pub image: Arc<dyn PointImage>,
+}
+
 /// A memory image to export.
 #[derive(Debug, Clone)]
 pub struct MemorySource {
     /// The file.
     pub path: Utf8PathBuf,
+}
+
+/// All that one export copies.
+#[derive(Clone, Default)]
+pub struct Sources {
+    /// The disks.
+    pub disks: Vec<DiskSource>,
+    /// State of the machine.
+    pub machine_state: Vec<StateSource>,
+    /// The memory image.
+    pub memory: Option<MemorySource>,
 }
 
 /// The caller's side of a long copy.
@@ -202,6 +227,29 @@ pub(crate) fn copy_file(
         }
     })?;
     Ok((copied, sum))
+}
+
+/// Writes state of the machine to a file, byte by byte as it is. Returns its length and its SHA-256.
+pub(crate) fn copy_state(
+    source: &StateSource,
+    file: &File,
+    name: &str,
+    done: &mut Done<'_>,
+) -> Result<(u64, String)> {
+    let size = source.image.size();
+    let sum = pipeline(file, name, |sink| {
+        let mut at = 0;
+        while at < size {
+            let length = (size - at).min(CHUNK as u64);
+            let mut chunk = vec![0; length as usize];
+            source.image.read_at(&mut chunk, at)?;
+            sink.data(chunk)?;
+            done.add(length)?;
+            at += length;
+        }
+        Ok(())
+    })?;
+    Ok((size, sum))
 }
 
 /// Reads a file to its end. Returns its length and its SHA-256.

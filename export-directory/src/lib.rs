@@ -1,7 +1,7 @@
 //! Directories of exported snapshots.
 //!
 //! An export is a copy of a snapshot that any QEMU restores without domsnap: a qcow2 image for each disk, and
-//! the memory image as it is. The image of the first export of a disk has all of its data. A later one can
+//! the memory image, firmware variables and a TPM's state as they are. The image of the first export of a disk has all of its data. A later one can
 //! have only what changed since another export; it then is an overlay on that one's image. So the directory
 //! grows by what changes, and what is in it does not change: file-wise backup programs copy each file once.
 //!
@@ -10,6 +10,7 @@
 //!     vda.monday.qcow2            a full image
 //!     vda.tuesday.qcow2           an overlay on ./vda.monday.qcow2
 //!     tuesday.memory              the memory image of the hypervisor
+//!     pflash1.tuesday.nvram       firmware variables, as the file that QEMU uses
 //!     .domsnap-0.part             a file that is being written
 //!     .domsnap-pending.json       exports whose files are complete and are getting their names
 //! ```
@@ -37,6 +38,6 @@ mod manifest;
 mod place;
 pub mod restore;
 
-pub use copy::{DiskSource, MemorySource, Watch};
-pub use manifest::{Export, ExportId, ExportedDisk, ExportedFile, ExportedSnapshot, Manifest};
+pub use copy::{DiskSource, MemorySource, Sources, StateSource, Watch};
+pub use manifest::{Export, ExportId, ExportedDisk, ExportedFile, ExportedSnapshot, ExportedState, Manifest};
 pub use place::{ExportPlace, NewExport, Planned, image_bytes, write_raw};

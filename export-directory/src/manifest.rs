@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use checked_json::Envelope;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snapcore::hypervisor::{FIRMWARE_VARIABLES, TPM_STATE};
 use snapcore::{Consistency, DomainName, Snapshot, SnapshotId, SnapshotName, Target};
 use uuid::Uuid;
 
@@ -21,6 +22,9 @@ const MAX_EXPORTS: usize = 100_000;
 
 /// The most disks of one export.
 const MAX_DISKS: usize = 1024;
+
+/// The formats of the machine's state.
+const STATE_FORMATS: [&str; 2] = [FIRMWARE_VARIABLES, TPM_STATE];
 
 /// The longest chain of increments.
 const MAX_DEPTH: usize = 200;
@@ -72,6 +76,9 @@ pub struct Export {
     pub exported: Timestamp,
     /// The disks.
     pub disks: Vec<ExportedDisk>,
+    /// State of the machine, which is no disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machine_state: Vec<ExportedState>,
     /// The memory image, as the domain's hypervisor made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<ExportedFile>,
@@ -144,6 +151,26 @@ pub struct ExportedDisk {
     /// The file of the parent export that backs the image; absent: the image has all data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<String>,
+}
+
+/// State of the machine in an export: firmware variables, a TPM's state. It is the whole file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct ExportedState {
+    /// Its name.
+    pub target: Target,
+    /// Its format: what it is a state of.
+    pub format: String,
+    /// The name of the file that the machine used.
+    pub used_as: String,
+    /// Its copy.
+    #[serde(flatten)]
+    pub copy: ExportedFile,
+}
+
+/// The name of a copy of the machine's state.
+pub(crate) fn state_name(target: &Target, snapshot: &SnapshotName, format: &str) -> String {
+    format!("{target}.{snapshot}.{format}")
 }
 
 /// The name of a disk's image.
@@ -231,6 +258,21 @@ impl Manifest {
                     return fail(format!("its parent has no file {backing:?} for {target}"));
                 }
             }
+            if export.machine_state.len() > MAX_DISKS {
+                return fail("it has too much state of the machine".to_owned());
+            }
+            for state in &export.machine_state {
+                let (target, format) = (&state.target, state.format.as_str());
+                if !STATE_FORMATS.contains(&format) {
+                    return fail(format!("{target} is of the format {format:?}"));
+                }
+                if state.copy.file != state_name(target, name, format) {
+                    return fail(format!("the file of {target} is called {:?}", state.copy.file));
+                }
+                if confined_files::FileName::new(&state.used_as).is_err() || state.used_as.starts_with('.') {
+                    return fail(format!("{target} was in a file called {:?}", state.used_as));
+                }
+            }
             if export.memory.as_ref().is_some_and(|memory| memory.file != memory_name(name)) {
                 return fail("its memory image has another name".to_owned());
             }
@@ -275,7 +317,8 @@ impl Export {
 
     /// Its files.
     pub fn files(&self) -> impl Iterator<Item = &ExportedFile> {
-        self.disks.iter().map(|disk| &disk.image).chain(&self.memory)
+        let state = self.machine_state.iter().map(|state| &state.copy);
+        self.disks.iter().map(|disk| &disk.image).chain(state).chain(&self.memory)
     }
 }
 

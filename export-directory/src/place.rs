@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use snapcore::backend::PointImage;
 use snapcore::{DomainName, Error, ErrorKind, Result, Snapshot, SnapshotId, shown_size};
 
-use crate::copy::{DiskSource, Done, Layout, MemorySource, Watch, copy_file};
+use crate::copy::{DiskSource, Done, Layout, Sources, Watch, copy_file, copy_state};
 use crate::manifest::{
-    Export, ExportId, ExportedDisk, ExportedFile, ExportedSnapshot, MAX_BYTES, Manifest, backing_string,
-    envelope, image_name, memory_name, open_envelope,
+    Export, ExportId, ExportedDisk, ExportedFile, ExportedSnapshot, ExportedState, MAX_BYTES, Manifest,
+    backing_string, envelope, image_name, memory_name, open_envelope, state_name,
 };
 
 const MANIFEST: &str = "manifest.json";
@@ -95,10 +95,8 @@ pub struct NewExport<'a> {
     pub snapshot: &'a Snapshot,
     /// Its place among the others.
     pub planned: &'a Planned,
-    /// The disks.
-    pub disks: &'a [DiskSource],
-    /// The memory image.
-    pub memory: Option<&'a MemorySource>,
+    /// What is copied.
+    pub sources: &'a Sources,
 }
 
 impl Planned {
@@ -347,17 +345,9 @@ impl ExportPlace {
     ///
     /// # Errors
     /// Those of the disks; the system's.
-    pub fn measure(
-        &self,
-        planned: &Planned,
-        sources: &[DiskSource],
-        memory: Option<&MemorySource>,
-    ) -> Result<(u64, u64)> {
-        let mut bytes = match memory {
-            None => 0,
-            Some(memory) => opened_memory(&memory.path)?.1,
-        };
-        for source in sources {
+    pub fn measure(&self, planned: &Planned, sources: &Sources) -> Result<(u64, u64)> {
+        let mut bytes = sources.other_bytes()?;
+        for source in &sources.disks {
             bytes += self.layout(planned, source)?.file_bytes();
         }
         let free = self.directory.free_bytes();
@@ -459,23 +449,25 @@ impl ExportPlace {
     }
 
     fn write(&mut self, new: &NewExport<'_>, watch: Watch<'_>, parts: &mut Vec<String>) -> Result<Export> {
-        let NewExport { id, domain, snapshot, planned, disks: sources, memory } = *new;
+        let NewExport { id, domain, snapshot, planned, sources } = *new;
+        let Sources { disks: disk_sources, machine_state: states, memory } = sources;
         let mut layouts = Vec::new();
-        for source in sources {
+        for source in disk_sources {
             layouts.push(self.layout(planned, source)?);
         }
-        let mut opened = memory.map(|memory| opened_memory(&memory.path)).transpose()?;
-        let bytes = layouts.iter().map(Layout::file_bytes).sum::<u64>();
-        let total = bytes + opened.as_ref().map_or(0, |(_, length)| *length);
+        let mut opened = memory.as_ref().map(|memory| opened_memory(&memory.path)).transpose()?;
+        let total = layouts.iter().map(Layout::file_bytes).sum::<u64>() + sources.other_bytes()?;
         let free = self.directory.free_bytes();
         let free = free.map_err(|error| io_error(error, format!("cannot look at {}", self.path)))?;
         self.require_room(total, free)?;
-        for file in sources.iter().map(|source| image_name(&source.target, &snapshot.name)) {
+        let images = disk_sources.iter().map(|source| image_name(&source.target, &snapshot.name));
+        let copies = states.iter().map(|state| state_name(&state.target, &snapshot.name, &state.format));
+        for file in images.chain(copies) {
             self.require_free_name(&file)?;
         }
         let mut done = Done { watch, done: 0, total };
         let (mut files, mut disks) = (Vec::new(), Vec::new());
-        for (source, layout) in sources.iter().zip(&layouts) {
+        for (source, layout) in disk_sources.iter().zip(&layouts) {
             let (part, file) = self.begin(parts)?;
             let last = image_name(&source.target, &snapshot.name);
             let sha256 = layout.write(source, &file, self.path.join(&part).as_str(), &mut done)?;
@@ -485,6 +477,19 @@ impl ExportPlace {
                 virtual_size: layout.virtual_size,
                 image: ExportedFile::new(last, layout.file_bytes(), sha256),
                 backing: planned.backing(source).map(|disk| disk.image.file.clone()),
+            });
+        }
+        let mut machine_state = Vec::new();
+        for state in states {
+            let (part, file) = self.begin(parts)?;
+            let last = state_name(&state.target, &snapshot.name, &state.format);
+            let (bytes, sum) = copy_state(state, &file, self.path.join(&part).as_str(), &mut done)?;
+            files.push(named(&part, &last, &file)?);
+            machine_state.push(ExportedState {
+                target: state.target.clone(),
+                format: state.format.clone(),
+                used_as: state.file_name.clone(),
+                copy: ExportedFile::new(last, bytes, sum),
             });
         }
         let mut exported_memory = None;
@@ -498,8 +503,9 @@ impl ExportPlace {
             exported_memory = Some(ExportedFile::new(last, bytes, sum));
         }
         // What was read is of this snapshot only if that is still there.
-        for source in sources {
-            source.image.require_still()?;
+        let images = disk_sources.iter().map(|source| &source.image);
+        for image in images.chain(states.iter().map(|state| &state.image)) {
+            image.require_still()?;
         }
         let export = Export {
             id,
@@ -508,6 +514,7 @@ impl ExportPlace {
             parent: planned.parent.as_ref().map(|parent| parent.id),
             exported: Timestamp::now(),
             disks,
+            machine_state,
             memory: exported_memory,
         };
         let mut manifest = self.manifest.clone();
@@ -545,6 +552,17 @@ impl ExportPlace {
 fn named(part: &str, file: &str, made: &File) -> Result<Named> {
     let about = made.metadata().map_err(|error| io_error(error, format!("cannot look at {part}")))?;
     Ok(Named { part: part.to_owned(), file: file.to_owned(), identity: (about.dev(), about.ino()) })
+}
+
+impl Sources {
+    /// Bytes of the files that are no disks.
+    fn other_bytes(&self) -> Result<u64> {
+        let memory = match &self.memory {
+            None => 0,
+            Some(memory) => opened_memory(&memory.path)?.1,
+        };
+        Ok(memory + self.machine_state.iter().map(|state| state.image.size()).sum::<u64>())
+    }
 }
 
 fn opened_memory(path: &Utf8Path) -> Result<(File, u64)> {

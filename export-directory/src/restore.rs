@@ -8,22 +8,25 @@ use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Directory, FileName, Kind};
 use image_files::layer_name::layer_name;
 use image_files::names::io_error;
+use snapcore::hypervisor::TPM_STATE;
 use snapcore::{Error, ErrorKind, LayerName, Result, SnapshotId, Target, shown_size};
 
 use crate::copy::{Done, Watch, copy_file, sum_of};
-use crate::manifest::{Export, ExportedDisk, ExportedFile};
+use crate::manifest::{Export, ExportedDisk, ExportedFile, ExportedState};
 use crate::place::{ExportPlace, require_image};
 
 /// The beginning of the name that the new directory has while it is filled.
 const UNFINISHED: &str = ".domsnap-import-";
 
-/// A disk of the restored domain.
+/// A disk of the restored domain, or state of its machine.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RestoredDisk {
     /// The disk.
     pub target: Target,
-    /// The image that the domain will write.
+    /// Its format: of state of the machine, that of the export.
+    pub format: String,
+    /// The image that the domain will write, or the state that the machine will use.
     pub path: Utf8PathBuf,
     /// For each snapshot, the frozen layer that has it, and the bytes of its disk.
     pub points: HashMap<SnapshotId, (LayerName, u64)>,
@@ -35,6 +38,8 @@ pub struct RestoredDisk {
 pub struct Restored {
     /// The disks.
     pub disks: Vec<RestoredDisk>,
+    /// State of the machine.
+    pub machine_state: Vec<RestoredDisk>,
     /// The export that the current state derives from.
     pub current: SnapshotId,
     /// Memory images, by snapshot.
@@ -146,7 +151,7 @@ pub fn restore(
     let publish = || {
         let mut restored = fill(place, &above, &hidden, &path, newest, watch)?;
         let first = restored.disks.first().map(|disk| disk.path.clone()).unwrap_or_default();
-        for disk in &mut restored.disks {
+        for disk in restored.disks.iter_mut().chain(&mut restored.machine_state) {
             disk.path = to.join(disk.path.file_name().unwrap_or_default());
         }
         for memory in restored.memory.values_mut() {
@@ -189,9 +194,10 @@ fn fill(
         .map_err(failed)?
         .ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
     let manifest = place.manifest();
-    let total = manifest.files().map(|file| file.bytes).sum();
-    let mut done = Done { watch, done: 0, total };
-    let mut disks: Vec<RestoredDisk> = Vec::new();
+    let now = state_now(place, newest);
+    let files = manifest.files().chain(now.iter().map(|state| &state.copy));
+    let mut done = Done { watch, done: 0, total: files.map(|file| file.bytes).sum() };
+    let (mut disks, mut machine_state) = (Vec::<RestoredDisk>::new(), Vec::<RestoredDisk>::new());
     let mut memory = HashMap::new();
     // By the name that it has in the directory of exports.
     let mut layers: HashMap<&str, LayerName> = HashMap::new();
@@ -200,20 +206,29 @@ fn fill(
     exports.sort_by_key(|export| export.id == newest.id && !has_children(place, export));
     for export in exports {
         for disk in &export.disks {
-            let number = match disks.iter().position(|found| found.target == disk.target) {
-                Some(number) => number,
-                None => {
-                    let (target, file) = (disk.target.clone(), path.join(format!("{}.qcow2", disk.target)));
-                    disks.push(RestoredDisk { target, path: file, points: HashMap::new() });
-                    disks.len() - 1
-                }
-            };
-            let Some(restored) = disks.get_mut(number) else { continue };
+            let file = path.join(format!("{}.qcow2", disk.target));
+            let Some(restored) = entry(&mut disks, &disk.target, "qcow2", file) else { continue };
             let stamp = u32::try_from(layers.len()).unwrap_or(u32::MAX);
             let layer = layer_name(&restored.path, stamp);
             copy_layer(place, &directory, path, disk, &layer, &layers, &mut done)?;
             layers.insert(disk.image.file.as_str(), layer.clone());
             restored.points.insert(export.snapshot.id, (layer, disk.virtual_size));
+        }
+        for state in &export.machine_state {
+            // swtpm knows its state by the file's name. Firmware variables may be in any file.
+            let file = match state.format.as_str() {
+                TPM_STATE => state.used_as.clone(),
+                _ => format!("{}.fd", state.target),
+            };
+            let Some(restored) = entry(&mut machine_state, &state.target, &state.format, path.join(file))
+            else {
+                continue;
+            };
+            let stamp = u32::try_from(layers.len()).unwrap_or(u32::MAX);
+            let layer = layer_name(&restored.path, stamp);
+            copy_checked(place, &directory, &state.copy, layer.as_str(), &mut done)?;
+            layers.insert(state.copy.file.as_str(), layer.clone());
+            restored.points.insert(export.snapshot.id, (layer, state.copy.bytes));
         }
         if let Some(file) = &export.memory {
             copy_checked(place, &directory, file, &file.file, &mut done)?;
@@ -226,8 +241,42 @@ fn fill(
         let backing = Backing { file: format!("./{layer}"), format: Some("qcow2".to_owned()) };
         image::create(disk.path.as_std_path(), &NewImage::new(*size).on(backing))?;
     }
+    for state in &now {
+        let restored = machine_state.iter().find(|found| found.target == state.target);
+        if let Some(file) = restored.and_then(|restored| restored.path.file_name()) {
+            copy_checked(place, &directory, &state.copy, file, &mut done)?;
+        }
+    }
     directory.sync().map_err(failed)?;
-    Ok(Restored { disks, current: newest.snapshot.id, memory })
+    Ok(Restored { disks, machine_state, current: newest.snapshot.id, memory })
+}
+
+/// The state with which the machine goes on: what the newest export has, and what only earlier ones have, as it
+/// is in the last of them.
+fn state_now<'a>(place: &'a ExportPlace, newest: &'a Export) -> Vec<&'a ExportedState> {
+    let earlier = place.manifest().exports.iter().rev();
+    let mut now: Vec<&ExportedState> = Vec::new();
+    for state in [newest].into_iter().chain(earlier).flat_map(|export| &export.machine_state) {
+        if !now.iter().any(|found| found.target == state.target) {
+            now.push(state);
+        }
+    }
+    now
+}
+
+/// The restored disk of this name; a new one, if it is the first export that has it. `None` if what has the
+/// name is of another format.
+fn entry<'a>(
+    disks: &'a mut Vec<RestoredDisk>,
+    target: &Target,
+    format: &str,
+    path: Utf8PathBuf,
+) -> Option<&'a mut RestoredDisk> {
+    if !disks.iter().any(|found| found.target == *target) {
+        let (target, format) = (target.clone(), format.to_owned());
+        disks.push(RestoredDisk { target, format, path, points: HashMap::new() });
+    }
+    disks.iter_mut().find(|found| found.target == *target && found.format == format)
 }
 
 fn has_children(place: &ExportPlace, export: &Export) -> bool {

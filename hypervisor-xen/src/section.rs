@@ -242,11 +242,18 @@ async fn end(live: &XenDomain, restart: &Restart) -> Result<()> {
                     .advise("make room there, or do without it: --no-safety")
             })?;
         }
+        // The state was saved just before, and the guest has been paused since: that memory is kept by a
+        // second name, which outlives the snapshot.
+        let kept = match restart.kept.as_ref().filter(|_| !running) {
+            Some(image) => keep(live, image.require_path()?).await?,
+            None => false,
+        };
         let seen = &live.seen;
         let note = Note {
             domid: row.domid,
-            running,
-            saved,
+            // Xen saves only guests that run.
+            running: running || kept,
+            saved: saved || kept,
             machine: seen.machine.clone(),
             summary: seen.summary.clone(),
             disks: seen.disks.clone(),
@@ -278,6 +285,26 @@ async fn end(live: &XenDomain, restart: &Restart) -> Result<()> {
     blocking(move || match read(&places)? {
         Some(note) => write(&places, &Note { left, ..note }),
         None => Ok(()),
+    })
+    .await
+}
+
+/// Gives a memory image a second name, as the previous domain's. Returns false if it can have none there: then a
+/// revert that fails cannot restore the guest.
+async fn keep(live: &XenDomain, image: &Utf8Path) -> Result<bool> {
+    let (image, previous, name) = (image.to_owned(), live.places.previous.clone(), live.name.clone());
+    blocking(move || {
+        memory::remove_file(&previous)?;
+        match fs::hard_link(&image, &previous) {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                tracing::warn!(
+                    domain = name,
+                    "a revert that fails could not restore the guest: {image} cannot also be called {previous}: {error}"
+                );
+                Ok(false)
+            }
+        }
     })
     .await
 }

@@ -218,6 +218,9 @@ pub struct RevertRequest {
     pub(crate) undo: bool,
     /// The hidden snapshot that has the current state, with memory, already.
     pub(crate) saved: Option<SnapshotName>,
+    /// The snapshot, hidden or not, that has the state which is replaced: it was taken just before, and the
+    /// guest has been paused since.
+    pub(crate) state_before: Option<SnapshotName>,
 }
 
 impl RevertRequest {
@@ -233,6 +236,7 @@ impl RevertRequest {
             keep: KeepPrevious::No,
             undo: false,
             saved: None,
+            state_before: None,
         }
     }
 
@@ -254,10 +258,12 @@ impl RevertRequest {
         save.hidden = hidden;
         save.for_revert = true;
         save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
-        // The saved snapshot already provides all the safety that is possible.
+        // The saved snapshot already provides all the safety that is possible: a revert that fails restores
+        // the guest from its memory.
         let safety = self.safety && !recreates;
-        let (keep, saved) = (KeepPrevious::No, hidden.then_some(name));
-        Some((save, Self { save_current: None, safety, keep, saved, ..self.clone() }))
+        let (keep, state_before) = (KeepPrevious::No, Some(name.clone()));
+        let saved = hidden.then_some(name);
+        Some((save, Self { save_current: None, safety, keep, saved, state_before, ..self.clone() }))
     }
 
     /// The snapshot of `tree` that the domain is reverted to.

@@ -293,7 +293,7 @@ fn clones_with_memory_have_variables_of_their_own() -> Result<()> {
     Ok(())
 }
 
-/// At rest: a lost catalogue, clones, exports; and what is refused.
+/// At rest: a lost catalogue, clones, exports and the import of one; and what is refused.
 #[test]
 fn machine_state_at_rest() -> Result<()> {
     let place = Place::new()?;
@@ -355,11 +355,7 @@ fn machine_state_at_rest() -> Result<()> {
     ensure!(rights == 0o600, "{rights:o}");
     place.says(&["create", "copy", "s1"], &["tpm0"])?;
 
-    // An export says what it has not, and where that is.
-    let left_out = ["pflash1 is state of the machine", "tpm0 is state of the machine", "/vars.ds-"];
-    place.says(&["export", "web", "s1", "--to", &place.text("export")], &left_out)?;
-    let listed = tree(&place.path("export"))?;
-    ensure!(!listed.iter().any(|name| name.contains("pflash1")), "{listed:?}");
+    exports_have_machine_state(&place)?;
 
     // The manifests bring them back, and another program's damage is found by its checksum.
     fs::remove_dir_all(place.path("state"))?;
@@ -387,6 +383,40 @@ fn machine_state_at_rest() -> Result<()> {
     fs::write(&copy, whole)?;
     place.domsnap.done(&["revert", "web", "s1"])?;
     Ok(())
+}
+
+/// An export has a copy of each, whole, also one that is an increment. The domain that is imported from it has
+/// them in its snapshots, and goes on with the newest. What is damaged is not imported.
+fn exports_have_machine_state(place: &Place) -> Result<()> {
+    place.domsnap.done(&["create", "web", "s2", "--internal"])?;
+    let to = place.text("export");
+    let first = place.says(&["export", "web", "s1", "--to", &to], &["pflash1.s1.nvram", "tpm0.s1.tpm"])?;
+    ensure!(!first.stdout.contains("note:"), "{first}");
+    place.says(&["export", "web", "s2", "--since", "s1", "--to", &to], &["tpm0.s2.tpm"])?;
+    ensure!(fs::read(place.path("export/tpm0.s1.tpm"))? == b"first", "another TPM");
+    ensure!(fs::read(place.path("export/pflash1.s2.nvram"))? == vec![b'B'; VARIABLES as usize]);
+    let stream = place.domsnap.done(&["export", "web", "s1", "--disk", "tpm0", "--to", "-"])?;
+    ensure!(stream.stdout == "first", "{stream}");
+    place.says(&["serve", "web", "s1", "--disk", "tpm0"], &[]).err().context("it was served as a disk")?;
+
+    let moved = place.text("moved");
+    place.domsnap.done(&["import", &to, "--to", &moved, "--name", "moved"])?;
+    let second = b"second, and of another length";
+    ensure!(fs::read(place.path("moved/pflash1.fd"))?[0] == b'B', "other variables");
+    ensure!(fs::read(place.path("moved/tpm2-00.permall"))? == second, "another TPM");
+    place.says(&["show", "moved", "s1"], &["pflash1", "tpm0"])?;
+    place.says(&["check", "moved"], &[])?;
+    place.domsnap.done(&["revert", "moved", "s1"])?;
+    ensure!(fs::read(place.path("moved/pflash1.fd"))?[0] == 0xff, "the revert left the variables");
+    ensure!(fs::read(place.path("moved/tpm2-00.permall"))? == b"first", "the revert left the TPM");
+    place.domsnap.done(&["revert", "moved", "s2"])?;
+    ensure!(fs::read(place.path("moved/tpm2-00.permall"))? == second, "the revert left the TPM");
+
+    fs::write(place.path("export/tpm0.s1.tpm"), "worst")?;
+    let damaged = place.domsnap.run(&["import", &to, "--to", &place.text("bad"), "--name", "bad"])?;
+    ensure!(damaged.status != Some(status::DONE) && damaged.stderr.contains("tpm0.s1.tpm"), "{damaged}");
+    ensure!(!place.path("bad").exists(), "a part of it was imported");
+    place.domsnap.done(&["delete", "web", "s2"]).map(drop)
 }
 
 /// The names of the files below a directory.

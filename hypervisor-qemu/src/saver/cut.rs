@@ -447,7 +447,7 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
     }
     close_section(live, step).await?;
     if step.quiesce != Quiesce::No {
-        live.thaw().await;
+        live.thaw_all().await;
     }
     Ok(())
 }

@@ -199,7 +199,7 @@ impl QemuDomain {
     }
 
     /// Thaws the guest's file systems, if its agent answers soon; returns their number.
-    pub(super) async fn thaw(&self) -> u64 {
+    pub(super) async fn thaw_all(&self) -> u64 {
         let Some(agent) = &self.agent else { return 0 };
         let answers = quiesce::is_agent_there(&self.machine, agent).await;
         if matches!(answers, Ok(Some(false)) | Err(_)) {
@@ -442,7 +442,7 @@ impl LiveDomain for QemuDomain {
         // Only the QEMU that took the cut has the mark: another one was paused by whoever started it.
         match Mark::section(&self.machine).await.map_err(to_engine)? {
             Some(Mark::SectionRan) => self.resume().await.map(|()| true),
-            Some(Mark::SectionPaused) | None => Ok(false),
+            Some(Mark::SectionPaused | Mark::Loaded) | None => Ok(false),
         }
     }
 
@@ -586,13 +586,16 @@ impl LiveDomain for QemuDomain {
         }
     }
 
-    async fn clean_up(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
-        let mut done = Vec::new();
-        match self.thaw().await {
-            0 => {}
-            1 => done.push("thawed a file system of the guest".to_owned()),
-            several => done.push(format!("thawed {several} file systems of the guest")),
+    async fn thaw(&self) -> Vec<String> {
+        match self.thaw_all().await {
+            0 => Vec::new(),
+            1 => vec!["thawed a file system of the guest".to_owned()],
+            several => vec![format!("thawed {several} file systems of the guest")],
         }
+    }
+
+    async fn clean_up(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
+        let mut done = self.thaw().await;
         cut::sweep(self).await?;
         for chain in chains {
             let Some(disk) = self.disk_of(&chain.target) else { continue };

@@ -19,20 +19,25 @@ pub(super) enum Mark {
     SectionRan,
     /// A section is open; the guest was paused before.
     SectionPaused,
+    /// The memory of a snapshot was loaded, or the guest was reset, and only its resume is left: what the
+    /// guest does from here on must not be undone by another load.
+    Loaded,
 }
 
 impl Mark {
-    const ALL: [Self; 2] = [Self::SectionRan, Self::SectionPaused];
+    /// Those of an open section.
+    const SECTIONS: [Self; 2] = [Self::SectionRan, Self::SectionPaused];
 
     fn name(self) -> String {
         let word = match self {
             Self::SectionRan => "section-ran",
             Self::SectionPaused => "section-paused",
+            Self::Loaded => "section-loaded",
         };
         format!("{}{word}", crate::name::MARK)
     }
 
-    async fn is_there(self, machine: &Machine) -> Result<bool> {
+    pub(super) async fn is_there(self, machine: &Machine) -> Result<bool> {
         Ok(machine.graph().await?.node(&self.name()).is_some())
     }
 
@@ -59,7 +64,7 @@ impl Mark {
 
     /// Returns the mark of the open section, if there is one.
     pub(super) async fn section(machine: &Machine) -> Result<Option<Self>> {
-        for mark in Self::ALL {
+        for mark in Self::SECTIONS {
             if mark.is_there(machine).await? {
                 return Ok(Some(mark));
             }
@@ -80,7 +85,7 @@ impl Mark {
         match Self::section(machine).await? {
             Some(Self::SectionPaused) if runs => {
                 // The new mark before the old one is removed: a crash between the two leaves both, and
-                // `ALL` prefers the one that says that the guest ran.
+                // `SECTIONS` prefers the one that says that the guest ran.
                 Self::SectionRan.make(machine).await?;
                 Self::SectionPaused.remove(machine).await?;
             }
@@ -99,11 +104,12 @@ impl Mark {
         Ok(paused)
     }
 
-    /// Removes the marks of a section.
+    /// Removes the marks of a section. The one of the load comes last: without it, a guest that ran and was
+    /// paused since would look like one whose memory is not loaded yet.
     pub(super) async fn close_section(machine: &Machine) -> Result<()> {
-        for mark in Self::ALL {
+        for mark in Self::SECTIONS {
             mark.remove(machine).await?;
         }
-        Ok(())
+        Self::Loaded.remove(machine).await.map(drop)
     }
 }

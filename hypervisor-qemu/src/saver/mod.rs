@@ -271,6 +271,12 @@ impl VmStateSaver for Qemu {
         clones::start(start, &self.unpacked).await
     }
 
+    async fn may_have_run_since(&self, domain: &Domain) -> Result<bool> {
+        let Some(control) = &domain.control else { return Ok(true) };
+        let address = PathBuf::from(&control.address);
+        blocking(move || starting::Starting::may_have_run_in_place(&address)).await
+    }
+
     async fn end_interrupted_start(&self, domain: &Domain) -> Result<Option<String>> {
         match &domain.control {
             Some(control) => starting::recover(Path::new(&control.address)).await,

@@ -17,10 +17,11 @@ use tokio::{task::JoinHandle, time::timeout};
 use super::{
     cut::sweep,
     disk::{Disk, QemuChain, identity},
-    error::to_engine,
+    error::{blocking, to_engine},
     live::QemuDomain,
     mark::Mark,
     served,
+    starting::Starting,
 };
 use crate::{
     discover::Process,
@@ -247,10 +248,19 @@ async fn refuse_encrypted(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     Ok(())
 }
 
+/// Returns true if the guest is resumed at the end of a section with this mark.
+fn resumes(mark: Option<Mark>, power: Option<PowerAfter>) -> bool {
+    match power {
+        Some(PowerAfter::Running) => true,
+        Some(PowerAfter::Paused | PowerAfter::Off) => false,
+        None => mark == Some(Mark::SectionRan),
+    }
+}
+
 /// Ends a detached section.
 ///
-/// If the guest runs and no section is open, it was resumed already. Then nothing is done, because memory
-/// that is loaded over disks that were written since would not fit them.
+/// If no section is open and the guest runs, or has run and is paused, it was resumed already. Then nothing is
+/// done, because memory that is loaded over disks that were written since would not fit them.
 pub(super) async fn finish(
     live: &QemuDomain,
     memory: Option<&Utf8Path>,
@@ -261,8 +271,19 @@ pub(super) async fn finish(
     let machine = &live.machine;
     let mut facts = StepOutcome::default();
     let mark = Mark::section(machine).await.map_err(to_engine)?;
-    let runs = machine.run_state().await.map_err(to_engine)?.running;
-    if mark.is_none() && runs && power != Some(PowerAfter::Off) {
+    let is_loaded = Mark::Loaded.is_there(machine).await.map_err(to_engine)?;
+    let state = machine.run_state().await.map_err(to_engine)?;
+    // A QEMU that was started since, and waits for its first `cont`, has the snapshot's disks and no guest.
+    let has_run = state.running || is_loaded || !matches!(state.word.as_str(), "prelaunch" | "inmigrate");
+    if mark.is_none() && has_run && power != Some(PowerAfter::Off) {
+        Mark::close_section(machine).await.map_err(to_engine)?;
+        if !state.running {
+            let word = state.word;
+            facts.notes.push(format!(
+                "the guest was resumed before, and is paused now (run state {word:?}): it stays as it is"
+            ));
+            return Ok(facts);
+        }
         if memory.is_some() || reset {
             facts.notes.push("the domain runs already: it was resumed before, or started again".to_owned());
         }
@@ -277,25 +298,39 @@ pub(super) async fn finish(
         facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
+    // A domain that is off later is started from this memory only if the guest cannot have run. Without the note
+    // that is not known, and it is not started.
+    let address = machine.qmp().socket().to_owned();
+    let mut noted = match memory.is_some() && resumes(mark, power) {
+        true => blocking(move || Starting::in_place(&address)).await.ok(),
+        false => None,
+    };
     // 1) Memory before the guest runs: its disks are those of the snapshot by now.
     if let Some(file) = memory {
-        facts.notes.extend(load(live, file, context).await?);
+        if !is_loaded {
+            facts.notes.extend(load(live, file, context).await?);
+        }
         facts.guest = Some(GuestChange::Restored);
     }
     if reset {
-        self::reset(machine).await?;
+        if !is_loaded {
+            self::reset(machine).await?;
+        }
         facts.guest = Some(GuestChange::Reset);
     }
-    let resumes = match power {
-        Some(PowerAfter::Running) => true,
-        Some(PowerAfter::Paused | PowerAfter::Off) => false,
-        None => mark == Some(Mark::SectionRan),
-    };
+    let resumes = resumes(mark, power);
     // 2) Resume before the marks are removed. A crash in between leaves marks beside a running guest, which
     //    `tidy` removes. With the opposite order, a crash would leave a paused guest without a record that it
     //    ran.
     context.together.meet(Meeting::Loaded).await?;
     if resumes {
+        if memory.is_some() || reset {
+            // From the next command on the guest may run, so it is not loaded again.
+            Mark::Loaded.make(machine).await.map_err(to_engine)?;
+            if let Some(noted) = &mut noted {
+                noted.ready().map_err(to_engine)?;
+            }
+        }
         match memory.is_some() || reset {
             true => machine.cont().await.map_err(to_engine)?,
             false => machine.resume_unless_stopped().await.map_err(to_engine)?,

@@ -162,6 +162,16 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     }
     let address =
         start.domain.control.as_ref().map(|control| PathBuf::from(&control.address)).unwrap_or_default();
+    let noted = address.clone();
+    if blocking(move || Starting::has_run(&noted)).await? {
+        facts.notes.push(
+            "the domain was started before, by a command that was interrupted, and its guest may have run and written to its \
+             disks: it is not started from the memory of the snapshot once more; it is off on these disks; revert again to \
+             have exactly the snapshot"
+                .to_owned(),
+        );
+        return Ok(facts);
+    }
     // If it is not known whether the guest ran, QEMU decides when it does.
     let starting = match runs {
         Some(_) => {

@@ -42,6 +42,9 @@ use crate::error::{Error, ErrorKind};
 /// The variable of the environment that has the token.
 const VARIABLE: &str = "DOMSNAP_START";
 
+/// The token of a load into a QEMU that runs: no process has it.
+const IN_PLACE: &str = "in place";
+
 /// Bytes of a note, at most: an address, a token, a word.
 const LONGEST: u64 = 64 << 10;
 
@@ -83,6 +86,40 @@ impl Starting {
         Ok(Self { note, token })
     }
 
+    /// Returns true if a start of the domain at an address was interrupted when its guest could run. Its disks
+    /// may be newer than the memory. Its note is removed.
+    pub(super) fn has_run(address: &Path) -> crate::Result<bool> {
+        let address = address.display().to_string();
+        let Some(mut note) = Note::open(&address, false)? else { return Ok(false) };
+        let has_run = note.read()?.is_some_and(|left| left.is_ready && left.token != IN_PLACE);
+        if has_run {
+            note.remove();
+        }
+        Ok(has_run)
+    }
+
+    /// Notes that memory is about to be loaded into a running QEMU at an address. [`Starting::ready`] notes
+    /// that the guest may run.
+    pub(super) fn in_place(address: &Path) -> crate::Result<Self> {
+        let address = address.display().to_string();
+        let mut note = match Note::open(&address, true)? {
+            Some(note) => note,
+            None => return Err(failed(&address, io::Error::from(Io::NotFound))),
+        };
+        note.write(IN_PLACE)?;
+        Ok(Self { note, token: IN_PLACE.to_owned() })
+    }
+
+    /// Returns true unless it is known that a load into a QEMU at an address, which has ended since, was
+    /// interrupted before the guest could run. Its note is removed.
+    pub(super) fn may_have_run_in_place(address: &Path) -> crate::Result<bool> {
+        let address = address.display().to_string();
+        let Some(mut note) = Note::open(&address, false)? else { return Ok(true) };
+        let may_have_run = note.read()?.is_none_or(|left| left.is_ready || left.token != IN_PLACE);
+        note.remove();
+        Ok(may_have_run)
+    }
+
     /// The variable that its environment must have.
     pub(super) fn variable(&self) -> (&'static str, &str) {
         (VARIABLE, &self.token)
@@ -117,7 +154,7 @@ pub(super) async fn recover(address: &Path) -> Result<Option<String>> {
             note.remove();
             return Ok(None);
         };
-        let ended = match left.is_ready {
+        let ended = match left.is_ready || left.token == IN_PLACE {
             true => Vec::new(),
             false => end_all(&left.token).map_err(|error| failed(&named, error))?,
         };
@@ -133,9 +170,24 @@ pub(super) async fn recover(address: &Path) -> Result<Option<String>> {
     // By a command of the user's own, another process may have started the QEMU, such as a service manager.
     let machine = reach(address, GREETING).await?;
     let Some(machine) = machine else {
+        if left.token == IN_PLACE {
+            // The recovery of the revert asks for it (`Starting::may_have_run_in_place`).
+            return Ok(None);
+        }
+        if left.is_ready {
+            // It stays: a start that is repeated must not load the memory again (`Starting::has_run`).
+            return Ok(Some(format!(
+                "a start of the domain was interrupted when its guest could run, and nothing answers at {shown} now"
+            )));
+        }
         note.remove();
         return Ok(None);
     };
+    if left.token == IN_PLACE {
+        // The marks in QEMU say how far it got.
+        note.remove();
+        return Ok(None);
+    }
     let state = machine.run_state().await.map_err(to_engine)?;
     let message = match (left.is_ready, state.word.as_str()) {
         (false, "inmigrate") => {
@@ -436,12 +488,33 @@ mod tests {
                 }
                 false => drop(starting),
             }
-            assert!(recover(&address).await.expect("there is nothing to do").is_none());
+            let message = recover(&address).await.expect("there is nothing to do");
+            assert_eq!(message.is_some_and(|message| message.contains("could run")), is_ready);
             assert!(is_running(&mut started));
+            // Its memory is not loaded again by the start that is repeated, and by the one after that it is.
+            assert_eq!(Starting::has_run(&address).expect("a note"), is_ready);
+            assert!(!Starting::has_run(&address).expect("no note"));
             drop(Starting::begin(&address).expect("the next start"));
             assert!(is_running(&mut started));
             started.kill().expect("it is ours");
             started.wait().expect("it is ours");
+        }
+    }
+
+    /// Of an interrupted load in place it is known if the guest could run. Without a note it is not.
+    #[tokio::test]
+    async fn interrupted_load_in_place_is_known() {
+        for is_ready in [false, true] {
+            let address = address();
+            let mut loading = Starting::in_place(&address).expect("a note");
+            if is_ready {
+                loading.ready().expect("it can be written");
+            }
+            interrupted(loading);
+            assert!(recover(&address).await.expect("there is nothing to do").is_none());
+            assert!(!Starting::has_run(&address).expect("it is no start"));
+            assert_eq!(Starting::may_have_run_in_place(&address).expect("a note"), is_ready);
+            assert!(Starting::may_have_run_in_place(&address).expect("no note"));
         }
     }
 

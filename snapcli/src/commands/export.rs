@@ -3,7 +3,8 @@
 use std::io::IsTerminal;
 
 use export_directory::{
-    DiskSource, ExportId, ExportPlace, MemorySource, NewExport, Planned, Watch, write_raw,
+    DiskSource, ExportId, ExportPlace, MemorySource, NewExport, Planned, Sources, StateSource, Watch,
+    write_raw,
 };
 use snapcore::service::{DiffRequest, DomainRef, HoldRequest, Listing, OpenSnapshot, ReleaseRequest};
 use snapcore::{Error, ErrorKind, Holder, HoldingProcess, Result, Snapshot, SnapshotName};
@@ -122,12 +123,6 @@ struct Work<'a> {
     since: Option<&'a Snapshot>,
 }
 
-/// What is read for an export.
-struct Sources {
-    disks: Vec<DiskSource>,
-    memory: Option<MemorySource>,
-}
-
 impl Work<'_> {
     /// Exports the snapshot under a hold.
     fn export(&self, place: &mut ExportPlace, notes: &mut Vec<String>) -> Result<ExportedDoc, Failure> {
@@ -136,12 +131,12 @@ impl Work<'_> {
         let held = ExportHold::take(self, id, place)?;
         let exported = self.sources(notes).and_then(|sources| {
             let name = self.snapshot.name.clone();
-            let bytes = place.measure(&planned, &sources.disks, sources.memory.as_ref())?.0;
+            let bytes = place.measure(&planned, &sources)?.0;
             let (domain, snapshot) = (&self.listing.domain.name, self.snapshot);
             let export = self.session.copy("export", domain, &name, bytes, |progress, cancelled| {
                 let watch = Watch { progress, cancelled };
-                let (planned, memory) = (&planned, sources.memory.as_ref());
-                place.add(&NewExport { id, domain, snapshot, planned, disks: &sources.disks, memory }, watch)
+                let (planned, sources) = (&planned, &sources);
+                place.add(&NewExport { id, domain, snapshot, planned, sources }, watch)
             })?;
             Ok(self.document(export.files().map(|file| file.bytes).sum(), Some(export)))
         });
@@ -167,7 +162,7 @@ impl Work<'_> {
         let mut bytes = 0;
         match (place, planned) {
             (Some(place), Some(planned)) => {
-                let (needed, free) = place.measure(&planned, &sources.disks, sources.memory.as_ref())?;
+                let (needed, free) = place.measure(&planned, &sources)?;
                 place.require_room(needed, free)?;
                 bytes = needed;
             }
@@ -175,6 +170,7 @@ impl Work<'_> {
                 for source in &sources.disks {
                     bytes += export_directory::image_bytes(source)?;
                 }
+                bytes += sources.machine_state.iter().map(|state| state.image.size()).sum::<u64>();
             }
         }
         Ok(self.document(bytes, None))
@@ -232,6 +228,13 @@ impl Work<'_> {
             };
             disks.push(source);
         }
+        let machine_state = opened.machine_state.into_iter().map(|state| StateSource {
+            file_name: state.used.path().file_name().unwrap_or_default().to_owned(),
+            target: state.target,
+            format: state.format,
+            image: state.image,
+        });
+        let machine_state = machine_state.collect();
         for left_out in opened.left_out {
             notes.push(format!("snapshot {}: {left_out}", self.snapshot.name));
         }
@@ -252,7 +255,7 @@ impl Work<'_> {
                 }
             },
         };
-        Ok(Sources { disks, memory })
+        Ok(Sources { disks, machine_state, memory })
     }
 }
 
@@ -314,13 +317,14 @@ fn stream(session: &Session, args: &Export) -> Result<Answer, Failure> {
     let held = ExportHold { domain: args.domain.clone(), name: name.clone(), holder };
     let opened = session.ask(session.service.open_snapshot(&args.domain, name, &args.disks));
     let written = opened.and_then(|opened| {
-        let Some(disk) = opened.disks.first() else {
+        let state = opened.machine_state.iter().map(|state| &state.image);
+        let Some(image) = opened.disks.iter().map(|disk| &disk.image).chain(state).next() else {
             let detail = format!("snapshot {name} has no disk that can be exported");
             return Err(Error::new(ErrorKind::Refused, detail).state("no changes made").into());
         };
-        session.copy("export", &listing.domain.name, name, disk.image.size(), |progress, cancelled| {
+        session.copy("export", &listing.domain.name, name, image.size(), |progress, cancelled| {
             let watch = Watch { progress, cancelled };
-            write_raw(&*disk.image, &mut std::io::stdout().lock(), watch)
+            write_raw(&**image, &mut std::io::stdout().lock(), watch)
         })
     });
     let mut notes = Vec::new();

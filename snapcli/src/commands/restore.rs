@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use export_directory::restore::{Restored, restore};
+use export_directory::restore::{Restored, RestoredDisk, restore};
 use export_directory::{ExportPlace, Manifest, Watch};
 use snapcore::catalogue::{CatalogueId, Entry, Revision};
 use snapcore::service::{DomainRef, DomainSpec};
 use snapcore::{
-    ActivePath, Consistency, Disk, Domain, DomainName, Error, ErrorKind, Point, Result, Snapshot, SnapshotId,
-    SnapshotTree,
+    ActivePath, Consistency, Disk, Domain, DomainName, Error, ErrorKind, Point, Registry, Result, Snapshot,
+    SnapshotId, SnapshotTree,
 };
 
 use crate::answer::Answer;
@@ -40,16 +40,16 @@ pub fn import(session: &Session, args: &Import, to: &Utf8Path) -> Result<Answer,
             .into());
     }
     let total = place.manifest().files().map(|file| file.bytes).sum();
-    let backend = session.service.registry().get(FORMAT)?.clone();
+    let registry = session.service.registry();
     let restored = session.copy("import", &name, &newest.snapshot.name, total, |progress, cancelled| {
         let watch = Watch { progress, cancelled };
         restore(&place, &to, watch, |restored, first| {
-            describe(&*backend, place.manifest(), &name, restored, first)
+            describe(registry, place.manifest(), &name, restored, first)
         })
     })?;
     let mut spec = DomainSpec::new(name);
-    for disk in &restored.disks {
-        spec = spec.disk(disk.target.clone(), disk.path.clone(), FORMAT);
+    for disk in members(&restored) {
+        spec = spec.disk(disk.target.clone(), disk.path.clone(), &disk.format);
     }
     let report = session.change(session.service.domain_add(&spec)).map_err(|failure| {
         let images: Vec<&str> = restored.disks.iter().map(|disk| disk.path.as_str()).collect();
@@ -82,7 +82,7 @@ fn directory_of(argument: &DomainRef) -> Result<Utf8PathBuf> {
 /// Writes the manifests of the new domain beside its images: what `domsnap import` finds there, if this
 /// process ends before the domain is registered.
 fn describe(
-    backend: &snapcore::backend::AnyDiskSnapshotter,
+    registry: &Registry,
     manifest: &Manifest,
     name: &DomainName,
     restored: &Restored,
@@ -92,9 +92,10 @@ fn describe(
         .build()
         .map_err(|cause| Error::new(ErrorKind::Io, "the event loop cannot be started").because(cause))?;
     let mut records = Vec::new();
-    for disk in &restored.disks {
+    for disk in members(restored) {
         let now = first.with_file_name(disk.path.file_name().unwrap_or_default());
-        let found = Disk::new(disk.target.clone(), now, FORMAT);
+        let found = Disk::new(disk.target.clone(), now, &disk.format);
+        let backend = registry.get(&disk.format)?;
         let mut record = runtime.block_on(backend.adopt(&found, ActivePath::Keep))?;
         record.owned.extend(disk.points.values().map(|(layer, _)| layer.clone()));
         record.disk.address = disk.path.clone().into();
@@ -103,7 +104,12 @@ fn describe(
     let domain = Domain::new(name.clone(), records).current(Some(restored.current));
     let entry = Entry::new(domain, SnapshotTree::new(snapshots(manifest, restored)), Revision(1));
     let beside = Disk::new(first_target(restored)?, first, FORMAT);
-    backend.manifests(&beside).write(CatalogueId::fresh(), None, &entry)
+    registry.get(FORMAT)?.manifests(&beside).write(CatalogueId::fresh(), None, &entry)
+}
+
+/// The disks, and the state of the machine.
+fn members(restored: &Restored) -> impl Iterator<Item = &RestoredDisk> {
+    restored.disks.iter().chain(&restored.machine_state)
 }
 
 fn first_target(restored: &Restored) -> Result<snapcore::Target> {
@@ -116,7 +122,7 @@ fn snapshots(manifest: &Manifest, restored: &Restored) -> Vec<Snapshot> {
     let known: HashSet<SnapshotId> = manifest.exports.iter().map(|export| export.snapshot.id).collect();
     let snapshot = |export: &export_directory::Export| {
         let about = &export.snapshot;
-        let disks = restored.disks.iter().filter_map(|disk| {
+        let disks = members(restored).filter_map(|disk| {
             let (layer, size) = disk.points.get(&about.id)?;
             let point = Point::external(layer.clone());
             Some(snapcore::DiskPoint::new(disk.target.clone(), point, *size))

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::guest::Guest;
 use super::{Run, Running};
 use crate::backend::Leftover;
 use crate::catalogue::Change;
@@ -46,10 +47,11 @@ impl Running<'_> {
             let placed = self.operation.placed(index);
             let (target, bytes, deferrable) = (placed.target().cloned(), placed.bytes(), placed.deferrable);
             let unit = self.unit(index);
-            match self.operation.steps[index] {
+            let begun_before = match self.operation.steps[index] {
                 StepState::Done => continue,
-                StepState::Pending | StepState::Started | StepState::Postponed | StepState::Undone => {}
-            }
+                StepState::Started => self.resumed,
+                StepState::Pending | StepState::Postponed | StepState::Undone => false,
+            };
             let mut reason = None;
             if deferred.contains(&target) || self.operation.steps[index] == StepState::Postponed {
                 reason = Some("an earlier step of this disk was deferred".to_owned());
@@ -66,6 +68,11 @@ impl Running<'_> {
                 if !pending.is_empty() {
                     let changes = std::mem::take(&mut pending);
                     self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
+                }
+                if let Some(note) = self.may_have_run_since(index, begun_before).await {
+                    self.run.warnings.push(note);
+                    pending.extend(self.steps(unit.clone(), StepTransition::Complete)?);
+                    continue;
                 }
                 // 3) The step itself is durable when it returns. A crash in it leaves it started; it is
                 //    idempotent, and is done again.
@@ -92,6 +99,10 @@ impl Running<'_> {
                         }
                     }
                     Err(error) => {
+                        if matches!(self.domain_step(index), Some(DomainStep::Detach { .. })) {
+                            // It may have paused the guest before it failed, and closed some of the disks.
+                            self.guest = Guest::Detached { since: index };
+                        }
                         let changes = vec![Change::Operation(
                             self.operation.id,
                             self.operation.state,
@@ -134,6 +145,27 @@ impl Running<'_> {
         if let Some(place) = finish.iter().position(starts) {
             finish[place..].rotate_left(1);
         }
+    }
+
+    /// For a step that was to resume a running guest and was begun before a crash, of a domain that is off
+    /// now: returns a note. The guest may have run and written to its disks before it ended, and memory that
+    /// is loaded over such disks destroys them.
+    async fn may_have_run_since(&self, index: usize, begun_before: bool) -> Option<String> {
+        let loads = matches!(self.domain_step(index), Some(DomainStep::Continue { memory: Some(_), .. }));
+        if !(begun_before && loads && self.engine.live.is_none() && self.is_revert()) {
+            return None;
+        }
+        let domain = &self.entry.domain;
+        let may_have_run = match self.engine.registry.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.may_have_run_since(domain).await.unwrap_or(true),
+            Err(_) => true,
+        };
+        may_have_run.then(|| {
+            "the revert was interrupted while it resumed the guest, and the domain is off now: the guest may have run and \
+             written to its disks, so it is not started from the memory of the snapshot; it is off on these disks; \
+             revert again to have exactly the snapshot"
+                .to_owned()
+        })
     }
 
     /// Marks the step that detaches the disks for repetition, where a crash has ended the detached section

@@ -225,7 +225,7 @@ impl Running<'_> {
 
     /// Returns true if the cut detaches the disks: the finish steps then resume the guest, for which those of
     /// a group wait for each other. A detached section in the finish steps of a delete is a domain's own.
-    fn is_revert(&self) -> bool {
+    pub(super) fn is_revert(&self) -> bool {
         let mut cut = self.operation.of_group(Group::Cut);
         cut.any(|index| matches!(self.domain_step(index), Some(DomainStep::Detach { .. })))
     }

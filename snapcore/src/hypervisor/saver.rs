@@ -565,6 +565,13 @@ pub trait VmStateSaver: Send + Sync {
         Ok(None)
     }
 
+    /// Returns false only if it is known that the guest of a domain, which is off now, did not run after a
+    /// [`DomainStep::Continue`](super::DomainStep::Continue) with memory that was interrupted: only then may it
+    /// be started from that memory. Its disks may be newer otherwise.
+    async fn may_have_run_since(&self, _domain: &Domain) -> Result<bool> {
+        Ok(true)
+    }
+
     /// Returns a machine's record ([`DomainInfo::machine`]) fit for display: without its secrets, such as
     /// passwords on a recorded command line.
     fn shown_machine(&self, machine: &serde_json::Value) -> serde_json::Value {

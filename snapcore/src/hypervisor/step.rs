@@ -99,18 +99,24 @@ pub struct Restart {
     /// True if the hypervisor ends the domain and creates it again.
     #[serde(default)]
     pub recreated: bool,
+    /// The memory image of the state that is given up, if it was saved just before and the guest has been
+    /// paused since: a failure restores the previous guest from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub kept: Option<DiskAddress>,
 }
 
 impl Restart {
     /// Makes a restart by a hypervisor that keeps the domain.
     pub fn new(from: RestartSource, safety: bool) -> Self {
-        Self { from, safety, config: None, recreated: false }
+        Self { from, safety, config: None, recreated: false, kept: None }
     }
 }
 
 setters!(Restart {
     config: Option<Utf8PathBuf>,
     recreated: bool,
+    kept: Option<DiskAddress>,
 });
 
 /// The source of a domain's restart.

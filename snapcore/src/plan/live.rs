@@ -352,7 +352,12 @@ impl Planner<'_> {
             (None, false) => RestartSource::Boot,
         };
         let recreated = alive.profile.recreates;
-        let restart = Restart { from, safety: request.safety, config: request.config.clone(), recreated };
+        let before = request.state_before.as_ref();
+        let before = before.and_then(|name| self.tree.iter().find(|snapshot| snapshot.name == *name));
+        let kept = before.and_then(|snapshot| snapshot.memory.as_ref()).map(|memory| memory.image.clone());
+        let kept = kept.filter(|_| recreated);
+        let config = request.config.clone();
+        let restart = Restart { from, safety: request.safety, config, recreated, kept };
         let (mut open, mut attach) =
             (detach(&disks, alive, Some(restart.clone())), attach(&disks, Some(restart.clone())));
         let mut end = match off {

@@ -53,7 +53,7 @@ pub use report::{
 };
 pub use viewer::{
     Belonging, ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, DiskSize, OpenDisk, OpenSnapshot,
-    SetSize, SizeReport, SnapshotSize,
+    OpenState, SetSize, SizeReport, SnapshotSize,
 };
 
 /// The future of a room's main entrance, compiled here. The body of a plain `async fn` is compiled in each

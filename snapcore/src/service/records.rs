@@ -70,8 +70,10 @@ impl Records {
     /// begin, or was undone before it got to the guest.
     pub(super) async fn is_before_revert(&self, name: &DomainName) -> Result<bool> {
         let operations = self.operations(name).await?;
-        let took_effect =
-            |operation: &&Operation| operation.plan.has_steps() && operation.state != OperationState::Undone;
+        let took_effect = |operation: &&Operation| {
+            let plan = &operation.plan;
+            plan.has_steps() && !plan.leaves_disks() && operation.state != OperationState::Undone
+        };
         let last = operations.iter().rev().find(took_effect);
         let is_it = |step: &DomainStep| matches!(step, DomainStep::Instant { for_revert: true, .. });
         Ok(last.is_some_and(|last| last.state == OperationState::Done && last.plan.domain_steps().any(is_it)))

@@ -19,7 +19,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use disk_files::{Content, DiskFiles, Shown};
 use serde::Deserialize;
 use snapcore::backend::PointImage;
-use snapcore::service::OpenSnapshot;
+use snapcore::service::{OpenSnapshot, OpenState};
 use snapcore::{Error, ErrorKind, Holder, Result, Target, shown_size};
 
 use super::read_only::Readable;
@@ -64,8 +64,9 @@ pub fn run(session: &Session, args: Mount) -> Result<Answer, Failure> {
 
 /// Mounts, and waits for SIGTERM or SIGINT.
 fn mount(session: &Session, args: &Mount, place: MountDirectory, holder: &Holder) -> Result<(), Failure> {
-    let OpenSnapshot { domain, disks, left_out, .. } =
+    let OpenSnapshot { domain, disks, machine_state, mut left_out, .. } =
         session.ask(session.service.open_snapshot(&args.domain, &args.name, &args.disks))?;
+    left_out.extend(machine_state.iter().map(OpenState::why_no_disk));
     let targets: Vec<Target> = disks.iter().map(|disk| disk.target.clone()).collect();
     let shown = disks
         .into_iter()

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{Content, Extent, Format, Place, Served, Server, control_path, report_ready};
 use snapcore::backend::PointImage;
-use snapcore::service::{DomainRef, HoldRequest, OpenDisk, OpenSnapshot, ReleaseRequest};
+use snapcore::service::{DomainRef, HoldRequest, OpenDisk, OpenSnapshot, OpenState, ReleaseRequest};
 use snapcore::{Error, ErrorKind, Holder, HoldingProcess, Result, SnapshotName};
 
 use super::read_only::{ReadOnly, Readable};
@@ -63,8 +63,9 @@ fn serve(
     directory: &Utf8Path,
     holder: &Holder,
 ) -> Result<(), Failure> {
-    let OpenSnapshot { domain, disks, left_out, .. } =
+    let OpenSnapshot { domain, disks, machine_state, mut left_out, .. } =
         session.ask(session.service.open_snapshot(&args.domain, &args.name, &args.disks))?;
+    left_out.extend(machine_state.iter().map(OpenState::why_no_disk));
     if disks.is_empty() {
         let detail = format!("snapshot {} has no disk that can be served", args.name);
         return Err(Error::new(ErrorKind::Refused, detail).state("no changes made").into());

@@ -40,7 +40,7 @@ impl Operator {
     }
 
     /// Recovers a domain for a request that needs no disk of it: the domain is connected to only if an
-    /// operation was interrupted. That operation may add a snapshot of the name that is meant, remove the one
+    /// operation was interrupted, or a revert between its two operations. That operation may add a snapshot of the name that is meant, remove the one
     /// that has it, or merge one of its layers.
     pub(super) async fn recover_unfinished(
         &self,
@@ -51,7 +51,8 @@ impl Operator {
         if locked.located.catalogued {
             self.authority.require(&locked.manifests, &locked.located.entry).await?;
             let name = locked.located.entry.domain.name.clone();
-            if !self.records.unfinished(&name).await?.is_empty() {
+            let left = !self.records.unfinished(&name).await?.is_empty();
+            if left || self.records.is_before_revert(&name).await? {
                 self.end_interrupted_start(&locked.located.entry.domain).await?;
                 let mut live = self.locator.connect(&locked.located.entry.domain).await?;
                 recovered = self.recover_entry(locked, &mut live, cancel).await?;

@@ -8,12 +8,18 @@ use crate::domain::Domain;
 use crate::engine::{Engine, Run};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
+use crate::hypervisor::{DomainStep, Quiesce};
 use crate::operation::{Operation, OperationState};
 use crate::request::Request;
 use crate::service::authority::Manifests;
 use crate::service::locator::Live;
 use crate::service::planning::chains_of;
 use crate::service::{BoxFuture, DomainRef, RecoveryEnd, RecoveryReport};
+
+/// Returns true if a step freezes the guest's file systems.
+fn freezes(step: &DomainStep) -> bool {
+    matches!(step, DomainStep::Instant { quiesce: Quiesce::Try | Quiesce::Require, .. })
+}
 
 impl Operator {
     /// Finishes or undoes every operation of the domain that has not ended.
@@ -31,7 +37,14 @@ impl Operator {
             (None, Ok(saver)) => saver.tidy_at_rest(&entry.domain),
             (None, Err(_)) => {}
         }
-        for operation in self.records.unfinished(&entry.domain.name).await? {
+        let unfinished = self.records.unfinished(&entry.domain.name).await?;
+        let mut thawed = Vec::new();
+        if let Some(live) = &*live
+            && unfinished.iter().flat_map(|operation| operation.plan.domain_steps()).any(freezes)
+        {
+            thawed = live.thaw().await;
+        }
+        for operation in unfinished {
             // 1) The disks are locked, and no other process uses them: the domain may run without our
             //    knowing.
             //    An operation that leaves the disks as they are needs neither: its clones are its own.
@@ -69,6 +82,7 @@ impl Operator {
             *manifests = self.authority.manifests(&entry.domain)?;
         }
         if let (Some(live), Some(last)) = (&live, reports.last_mut()) {
+            last.notes.extend(thawed);
             last.notes.extend(self.clean_up(&entry.domain, live).await?);
         }
         Ok(reports)

@@ -24,7 +24,9 @@ use crate::snapshot::{Snapshot, SnapshotRole, SnapshotTree};
 use crate::state::DiskState;
 
 pub use belonging::Belonging;
-pub use reading::{ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot};
+pub use reading::{
+    ComparedDisk, DiffExtent, DiffReport, DiffRequest, DiskDiff, OpenDisk, OpenSnapshot, OpenState,
+};
 pub use sizes::{DiskSize, SetSize, SizeReport, SnapshotSize};
 
 /// Shows domains as they are.

@@ -114,6 +114,8 @@ pub struct OpenSnapshot {
     pub snapshot: Snapshot,
     /// Its disks, those that the domain still has.
     pub disks: Vec<OpenDisk>,
+    /// Its copies of state of the machine, which is no disk: firmware variables, a TPM's state.
+    pub machine_state: Vec<OpenState>,
     /// The other disks of the domain and of the snapshot, each with the reason.
     pub left_out: Vec<String>,
 }
@@ -128,6 +130,33 @@ pub struct OpenDisk {
     pub layer: DiskAddress,
     /// The state.
     pub image: Arc<dyn PointImage>,
+}
+
+/// A copy of state of the machine in an open snapshot.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct OpenState {
+    /// Its name.
+    pub target: Target,
+    /// Its format: what it is a state of.
+    pub format: String,
+    /// The file that the machine uses.
+    pub used: DiskAddress,
+    /// The address of the copy.
+    pub copy: DiskAddress,
+    /// The copy.
+    pub image: Arc<dyn PointImage>,
+}
+
+impl OpenState {
+    /// Why it is not among the disks.
+    pub fn why_no_disk(&self) -> String {
+        format!("{}; it is the file {}", is_no_disk(&self.target, &self.format), self.copy)
+    }
+}
+
+fn is_no_disk(target: &Target, format: &str) -> String {
+    format!("{target} is state of the machine (format {format}), which is not read as a disk")
 }
 
 impl Viewer {
@@ -230,7 +259,7 @@ impl Viewer {
             .clone();
         self.require_disks(&entry, targets)?;
         let live = self.locator.connect_to_look(&entry.domain).await;
-        let (mut disks, mut left_out) = (Vec::new(), Vec::new());
+        let (mut disks, mut machine_state, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
         let gone = snapshot.disks.iter().filter(|member| entry.domain.disk(&member.target).is_none());
         left_out.extend(gone.map(|member| format!("{} is no disk of the domain any more", member.target)));
         for record in &entry.domain.disks {
@@ -243,18 +272,32 @@ impl Viewer {
                 continue;
             };
             let backend = self.registry.serving(&record.disk)?;
-            if let Some(why) = self.unread_state(record)? {
-                let copy = backend.layer_address(record, &member.point.layer);
-                left_out.push(format!("{why}; it is the file {copy}"));
-                continue;
-            }
             let state = self.state(record, &live).await?;
             require_recorded(member, &state)?;
-            let image = backend.open_point(record, &state, &member.point).await?;
+            let opened = backend.open_point(record, &state, &member.point).await;
+            let is_state = self.unread_state(record)?;
+            let image = match (opened, &is_state) {
+                (Err(error), Some(why)) if error.kind() == ErrorKind::Unsupported => {
+                    let copy = backend.layer_address(record, &member.point.layer);
+                    left_out.push(format!("{why}; it is the file {copy}"));
+                    continue;
+                }
+                (opened, _) => opened?,
+            };
+            if is_state.is_some() {
+                machine_state.push(OpenState {
+                    target: target.clone(),
+                    format: record.disk.format.clone(),
+                    used: record.disk.address.clone(),
+                    copy: backend.layer_address(record, &member.point.layer),
+                    image,
+                });
+                continue;
+            }
             let layer = state.layer(&member.point.layer).map_or(&record.disk.address, |found| &found.address);
             disks.push(OpenDisk { target: target.clone(), layer: layer.clone(), image });
         }
-        Ok(OpenSnapshot { domain: entry.domain, snapshot, disks, left_out })
+        Ok(OpenSnapshot { domain: entry.domain, snapshot, disks, machine_state, left_out })
     }
 
     async fn state(&self, record: &DiskRecord, live: &Option<Live>) -> Result<DiskState> {
@@ -267,9 +310,7 @@ impl Viewer {
     fn unread_state(&self, record: &DiskRecord) -> Result<Option<String>> {
         let can = self.registry.serving(&record.disk)?.capabilities();
         let Disk { target, format, .. } = &record.disk;
-        let why =
-            || format!("{target} is state of the machine (format {format}), which is not read as a disk");
-        Ok((can.machine_state && !can.reads_points).then(why))
+        Ok((can.machine_state && !can.reads_points).then(|| is_no_disk(target, format)))
     }
 
     fn require_disks(&self, entry: &Entry, targets: &[Target]) -> Result<()> {
