@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(ParsedTags::of(["domsnap.since=x", "domsnap.since=:"]).since, None);
     }
 
-    /// The tags of other programs are told apart from ours, also those that begin alike.
+    /// The tags of other programs are distinguished from ours, also those that begin alike.
     #[test]
     fn tags_of_others_are_known() {
         let tags = ["domsnap", "domsnap.work=1", "domsnap.name=x", "db", "domsnapper", "site.a"];

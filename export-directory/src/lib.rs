@@ -1,9 +1,10 @@
 //! Directories of exported snapshots.
 //!
-//! An export is a copy of a snapshot that any QEMU restores without domsnap: a qcow2 image for each disk, and
-//! the memory image, firmware variables and a TPM's state as they are. The image of the first export of a disk has all of its data. A later one can
-//! have only what changed since another export; it then is an overlay on that one's image. So the directory
-//! grows by what changes, and what is in it does not change: file-wise backup programs copy each file once.
+//! An export is a copy of a snapshot that any QEMU restores without domsnap: a qcow2 image for each disk,
+//! and the memory image, firmware variables and a TPM's state as they are. The image of the first export of
+//! a disk has all of its data. A later one can have only what changed since another export; it then is an
+//! overlay on that one's image. So the directory grows by what changes, and what is in it does not change:
+//! file-wise backup programs copy each file once.
 //!
 //! ```text
 //! DIR/manifest.json               all exports: snapshot, files, sizes, SHA-256, parent

@@ -251,8 +251,8 @@ fn fill(
     Ok(Restored { disks, machine_state, current: newest.snapshot.id, memory })
 }
 
-/// The state with which the machine goes on: what the newest export has, and what only earlier ones have, as it
-/// is in the last of them.
+/// The state with which the machine goes on: what the newest export has, and what only earlier ones have,
+/// as it is in the last of them.
 fn state_now<'a>(place: &'a ExportPlace, newest: &'a Export) -> Vec<&'a ExportedState> {
     let earlier = place.manifest().exports.iter().rev();
     let mut now: Vec<&ExportedState> = Vec::new();

@@ -155,6 +155,17 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
             run.guest.wait_ticks(10)?;
             run.guest.expect_no_bad()?;
             run.sound().await?;
+            // A repeated step does not load the memory again into a guest that ran and is paused now: its
+            // disks are newer.
+            let newer = run.guest.ticks()?;
+            run.pause().await?;
+            let again = DomainStep::Continue { memory: Some(memory.clone()), reset: false, power };
+            let notes = run.apply(&again).await?.notes;
+            assert!(notes.iter().any(|note| note.contains("paused now")), "{notes:?}");
+            run.live()?.resume().await?;
+            run.guest.wait_ticks(5)?;
+            assert!(run.guest.ticks()? > newer, "it is the guest of before");
+            run.guest.expect_no_bad()?;
         }
         assert_eq!(files(&run)?, 0);
 

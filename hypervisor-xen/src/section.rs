@@ -289,8 +289,8 @@ async fn end(live: &XenDomain, restart: &Restart) -> Result<()> {
     .await
 }
 
-/// Gives a memory image a second name, as the previous domain's. Returns false if it can have none there: then a
-/// revert that fails cannot restore the guest.
+/// Gives a memory image a second name, as the previous domain's. Returns false if it can have none there:
+/// then a revert that fails cannot restore the guest.
 async fn keep(live: &XenDomain, image: &Utf8Path) -> Result<bool> {
     let (image, previous, name) = (image.to_owned(), live.places.previous.clone(), live.name.clone());
     blocking(move || {

@@ -385,8 +385,8 @@ fn machine_state_at_rest() -> Result<()> {
     Ok(())
 }
 
-/// An export has a copy of each, whole, also one that is an increment. The domain that is imported from it has
-/// them in its snapshots, and goes on with the newest. What is damaged is not imported.
+/// An export has a copy of each, whole, also one that is an increment. The domain that is imported from it
+/// has them in its snapshots, and goes on with the newest. What is damaged is not imported.
 fn exports_have_machine_state(place: &Place) -> Result<()> {
     place.domsnap.done(&["create", "web", "s2", "--internal"])?;
     let to = place.text("export");

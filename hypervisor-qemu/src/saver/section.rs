@@ -259,8 +259,8 @@ fn resumes(mark: Option<Mark>, power: Option<PowerAfter>) -> bool {
 
 /// Ends a detached section.
 ///
-/// If no section is open and the guest runs, or has run and is paused, it was resumed already. Then nothing is
-/// done, because memory that is loaded over disks that were written since would not fit them.
+/// If no section is open and the guest runs, or has run and is paused, it was resumed already. Then nothing
+/// is done, because memory that is loaded over disks that were written since would not fit them.
 pub(super) async fn finish(
     live: &QemuDomain,
     memory: Option<&Utf8Path>,
@@ -298,8 +298,8 @@ pub(super) async fn finish(
         facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
-    // A domain that is off later is started from this memory only if the guest cannot have run. Without the note
-    // that is not known, and it is not started.
+    // A domain that is off later is started from this memory only if the guest cannot have run. Without the
+    // note that is not known, and it is not started.
     let address = machine.qmp().socket().to_owned();
     let mut noted = match memory.is_some() && resumes(mark, power) {
         true => blocking(move || Starting::in_place(&address)).await.ok(),

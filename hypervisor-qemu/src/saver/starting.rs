@@ -86,8 +86,8 @@ impl Starting {
         Ok(Self { note, token })
     }
 
-    /// Returns true if a start of the domain at an address was interrupted when its guest could run. Its disks
-    /// may be newer than the memory. Its note is removed.
+    /// Returns true if a start of the domain at an address was interrupted when its guest could run. Its
+    /// disks may be newer than the memory. Its note is removed.
     pub(super) fn has_run(address: &Path) -> crate::Result<bool> {
         let address = address.display().to_string();
         let Some(mut note) = Note::open(&address, false)? else { return Ok(false) };

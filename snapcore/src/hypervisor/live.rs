@@ -350,9 +350,9 @@ pub trait LiveDomain: Send + Sync {
         self.resume().await.map(|()| true)
     }
 
-    /// Thaws file systems of the guest that a killed process left frozen. Returns messages for the user. It is
-    /// called before an operation that freezes them is recovered: until then the guest's programs wait, and
-    /// the recovery may take long, or fail. [`LiveDomain::clean_up`] does it too.
+    /// Thaws file systems of the guest that a killed process left frozen. Returns messages for the user. It
+    /// is called before an operation that freezes them is recovered: until then the guest's programs wait,
+    /// and the recovery may take long, or fail. [`LiveDomain::clean_up`] does it too.
     async fn thaw(&self) -> Vec<String> {
         Vec::new()
     }

@@ -566,8 +566,8 @@ pub trait VmStateSaver: Send + Sync {
     }
 
     /// Returns false only if it is known that the guest of a domain, which is off now, did not run after a
-    /// [`DomainStep::Continue`](super::DomainStep::Continue) with memory that was interrupted: only then may it
-    /// be started from that memory. Its disks may be newer otherwise.
+    /// [`DomainStep::Continue`](super::DomainStep::Continue) with memory that was interrupted: only then
+    /// may it be started from that memory. Its disks may be newer otherwise.
     async fn may_have_run_since(&self, _domain: &Domain) -> Result<bool> {
         Ok(true)
     }

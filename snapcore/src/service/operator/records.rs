@@ -40,8 +40,8 @@ impl Operator {
     }
 
     /// Recovers a domain for a request that needs no disk of it: the domain is connected to only if an
-    /// operation was interrupted, or a revert between its two operations. That operation may add a snapshot of the name that is meant, remove the one
-    /// that has it, or merge one of its layers.
+    /// operation was interrupted, or a revert between its two operations. That operation may add a snapshot
+    /// of the name that is meant, remove the one that has it, or merge one of its layers.
     pub(super) async fn recover_unfinished(
         &self,
         locked: &mut Locked,
