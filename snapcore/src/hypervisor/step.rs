@@ -159,8 +159,8 @@ pub enum DomainStep {
         quiesce_limit_ms: u64,
         /// Power state of the guest afterwards; absent: the same as before.
         then: Option<PowerAfter>,
-        /// True if a revert follows at once, and the guest is paused for that alone. If no revert follows, the
-        /// recovery resumes it.
+        /// True if a revert follows at once, and the guest is paused for that alone. If no revert follows,
+        /// the recovery resumes it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         for_revert: bool,
     },
