@@ -269,7 +269,11 @@ impl Manifest {
                 if state.copy.file != state_name(target, name, format) {
                     return fail(format!("the file of {target} is called {:?}", state.copy.file));
                 }
-                if confined_files::FileName::new(&state.used_as).is_err() || state.used_as.starts_with('.') {
+                let is_name = || {
+                    confined_files::FileName::new(&state.used_as).is_ok() && !state.used_as.starts_with('.')
+                };
+                // Only swtpm needs the name.
+                if format == TPM_STATE && !is_name() {
                     return fail(format!("{target} was in a file called {:?}", state.used_as));
                 }
             }

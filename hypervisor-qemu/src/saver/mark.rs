@@ -79,6 +79,8 @@ impl Mark {
         if let Err(refusal) = machine.permits(&state).await?.disks {
             return Err(machine.refused("pausing the guest", &state, refusal));
         }
+        // Nothing is loaded in a section that begins: the mark is of an earlier operation.
+        Self::Loaded.remove(machine).await?;
         // 1) Mark first: a crash between the mark and the pause leaves a mark beside a running guest, which
         //    `tidy` removes. A pause without a mark would leave no record that the guest ran.
         let runs = state.running;

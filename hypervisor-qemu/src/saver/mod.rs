@@ -271,8 +271,8 @@ impl VmStateSaver for Qemu {
         clones::start(start, &self.unpacked).await
     }
 
-    async fn may_have_run_since(&self, domain: &Domain) -> Result<bool> {
-        let Some(control) = &domain.control else { return Ok(true) };
+    async fn may_have_run_since(&self, domain: &Domain) -> Result<Option<bool>> {
+        let Some(control) = &domain.control else { return Ok(None) };
         let address = PathBuf::from(&control.address);
         blocking(move || starting::Starting::may_have_run_in_place(&address)).await
     }

@@ -59,11 +59,13 @@ const LOOK: Duration = Duration::from_millis(5);
 
 const ATTEMPTED: &str = "looking for an interrupted start";
 
-/// A QEMU that is being started. Dropping it removes the note: the process was ended, or handed over.
+/// A QEMU that is being started. Dropping it removes the note: the process was ended, or handed over. The
+/// note of a load in place stays if that failed before the guest could run.
 #[derive(Debug)]
 pub(super) struct Starting {
     note: Note,
     token: String,
+    stays: bool,
 }
 
 impl Starting {
@@ -83,7 +85,7 @@ impl Starting {
         }
         let token = uuid::Uuid::new_v4().to_string();
         note.write(&token)?;
-        Ok(Self { note, token })
+        Ok(Self { note, token, stays: false })
     }
 
     /// Returns true if a start of the domain at an address was interrupted when its guest could run. Its
@@ -107,15 +109,15 @@ impl Starting {
             None => return Err(failed(&address, io::Error::from(Io::NotFound))),
         };
         note.write(IN_PLACE)?;
-        Ok(Self { note, token: IN_PLACE.to_owned() })
+        Ok(Self { note, token: IN_PLACE.to_owned(), stays: true })
     }
 
-    /// Returns true unless it is known that a load into a QEMU at an address, which has ended since, was
-    /// interrupted before the guest could run. Its note is removed.
-    pub(super) fn may_have_run_in_place(address: &Path) -> crate::Result<bool> {
+    /// Returns true if a load into a QEMU at an address, which has ended since, was interrupted when the
+    /// guest could run; `None` if there is no note of one. The note is removed.
+    pub(super) fn may_have_run_in_place(address: &Path) -> crate::Result<Option<bool>> {
         let address = address.display().to_string();
-        let Some(mut note) = Note::open(&address, false)? else { return Ok(true) };
-        let may_have_run = note.read()?.is_none_or(|left| left.is_ready || left.token != IN_PLACE);
+        let Some(mut note) = Note::open(&address, false)? else { return Ok(None) };
+        let may_have_run = note.read()?.filter(|left| left.token == IN_PLACE).map(|left| left.is_ready);
         note.remove();
         Ok(may_have_run)
     }
@@ -127,6 +129,7 @@ impl Starting {
 
     /// Notes that its guest may run from now on: a recovery leaves the process alone, and resumes the guest.
     pub(super) fn ready(&mut self) -> crate::Result<()> {
+        self.stays = false;
         self.note.append(READY)
     }
 
@@ -138,7 +141,9 @@ impl Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        self.note.remove();
+        if !self.stays {
+            self.note.remove();
+        }
     }
 }
 
@@ -513,8 +518,8 @@ mod tests {
             interrupted(loading);
             assert!(recover(&address).await.expect("there is nothing to do").is_none());
             assert!(!Starting::has_run(&address).expect("it is no start"));
-            assert_eq!(Starting::may_have_run_in_place(&address).expect("a note"), is_ready);
-            assert!(Starting::may_have_run_in_place(&address).expect("no note"));
+            assert_eq!(Starting::may_have_run_in_place(&address).expect("a note"), Some(is_ready));
+            assert_eq!(Starting::may_have_run_in_place(&address).expect("no note"), None);
         }
     }
 

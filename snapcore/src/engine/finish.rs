@@ -10,7 +10,7 @@ use crate::domain::DiskRecord;
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::hypervisor::DomainStep;
+use crate::hypervisor::{DomainStep, PowerAfter};
 use crate::name::Target;
 use crate::operation::StepState;
 use crate::operation::{StepTransition, Transition};
@@ -151,16 +151,22 @@ impl Running<'_> {
     /// now: returns a note. The guest may have run and written to its disks before it ended, and memory that
     /// is loaded over such disks destroys them.
     async fn may_have_run_since(&self, index: usize, begun_before: bool) -> Option<String> {
-        let loads = matches!(self.domain_step(index), Some(DomainStep::Continue { memory: Some(_), .. }));
+        let loads = matches!(
+            self.domain_step(index),
+            // A guest that stays paused has not run.
+            Some(DomainStep::Continue { memory: Some(_), power, .. }) if *power != Some(PowerAfter::Paused)
+        );
         if !(begun_before && loads && self.engine.live.is_none() && self.is_revert()) {
             return None;
         }
         let domain = &self.entry.domain;
-        let may_have_run = match self.engine.registry.hypervisor(&domain.hypervisor) {
-            Ok(saver) => saver.may_have_run_since(domain).await.unwrap_or(true),
-            Err(_) => true,
+        let known = match self.engine.registry.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.may_have_run_since(domain).await.unwrap_or(None),
+            Err(_) => None,
         };
-        may_have_run.then(|| {
+        // The snapshot stays, and can be reverted to again. The state that an undo restores does not: where
+        // nothing is known, its only memory is used rather than lost.
+        known.unwrap_or(self.operation.plan.operation != "undo").then(|| {
             "the revert was interrupted while it resumed the guest, and the domain is off now: the guest may have run and \
              written to its disks, so it is not started from the memory of the snapshot; it is off on these disks; \
              revert again to have exactly the snapshot"

@@ -565,11 +565,11 @@ pub trait VmStateSaver: Send + Sync {
         Ok(None)
     }
 
-    /// Returns false only if it is known that the guest of a domain, which is off now, did not run after a
-    /// [`DomainStep::Continue`](super::DomainStep::Continue) with memory that was interrupted: only then
-    /// may it be started from that memory. Its disks may be newer otherwise.
-    async fn may_have_run_since(&self, _domain: &Domain) -> Result<bool> {
-        Ok(true)
+    /// Returns whether the guest of a domain, which is off now, may have run after a
+    /// [`DomainStep::Continue`](super::DomainStep::Continue) with memory that was interrupted; `None` if
+    /// nothing is known of that. If it ran, its disks are newer than the memory.
+    async fn may_have_run_since(&self, _domain: &Domain) -> Result<Option<bool>> {
+        Ok(None)
     }
 
     /// Returns a machine's record ([`DomainInfo::machine`]) fit for display: without its secrets, such as

@@ -70,12 +70,20 @@ impl Operator {
         if let Some(live) = &*live
             && !live.seen().running
             && self.records.is_before_revert(&entry.domain.name).await?
-            && live.resume_left().await?
         {
-            let domain = entry.domain.name.clone();
-            let message = "a revert was interrupted after it had saved the current state: the guest was paused for it, \
-                           and is resumed";
-            self.events.report(Event::Warning { domain, message: message.to_owned() });
+            let message = match live.resume_left().await {
+                Ok(false) => None,
+                Ok(true) => Some(
+                    "a revert was interrupted after it had saved the current state: the guest was paused for it, and \
+                     is resumed"
+                        .to_owned(),
+                ),
+                // It keeps no other work from being done.
+                Err(error) => Some(format!("the guest is paused for a revert that was interrupted: {error}")),
+            };
+            if let Some(message) = message {
+                self.events.report(Event::Warning { domain: entry.domain.name.clone(), message });
+            }
         }
         if !reports.is_empty() {
             // A disk may have another path now.

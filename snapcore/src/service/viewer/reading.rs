@@ -272,28 +272,29 @@ impl Viewer {
                 continue;
             };
             let backend = self.registry.serving(&record.disk)?;
-            let state = self.state(record, &live).await?;
-            require_recorded(member, &state)?;
-            let opened = backend.open_point(record, &state, &member.point).await;
-            let is_state = self.unread_state(record)?;
-            let image = match (opened, &is_state) {
-                (Err(error), Some(why)) if error.kind() == ErrorKind::Unsupported => {
-                    let copy = backend.layer_address(record, &member.point.layer);
-                    left_out.push(format!("{why}; it is the file {copy}"));
-                    continue;
+            if let Some(why) = self.unread_state(record)? {
+                let copy = backend.layer_address(record, &member.point.layer);
+                let opened = async {
+                    let state = self.state(record, &live).await?;
+                    require_recorded(member, &state)?;
+                    backend.open_point(record, &state, &member.point).await
+                };
+                // It keeps no disk from being read.
+                match opened.await {
+                    Ok(image) => machine_state.push(OpenState {
+                        target: target.clone(),
+                        format: record.disk.format.clone(),
+                        used: record.disk.address.clone(),
+                        copy,
+                        image,
+                    }),
+                    Err(error) => left_out.push(format!("{why}; it is the file {copy}: {error}")),
                 }
-                (opened, _) => opened?,
-            };
-            if is_state.is_some() {
-                machine_state.push(OpenState {
-                    target: target.clone(),
-                    format: record.disk.format.clone(),
-                    used: record.disk.address.clone(),
-                    copy: backend.layer_address(record, &member.point.layer),
-                    image,
-                });
                 continue;
             }
+            let state = self.state(record, &live).await?;
+            require_recorded(member, &state)?;
+            let image = backend.open_point(record, &state, &member.point).await?;
             let layer = state.layer(&member.point.layer).map_or(&record.disk.address, |found| &found.address);
             disks.push(OpenDisk { target: target.clone(), layer: layer.clone(), image });
         }
