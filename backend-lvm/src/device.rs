@@ -96,9 +96,7 @@ impl DeviceState {
             || writes(path).is_none_or(|now| now != self.writes)
             || self.sequence.is_some_and(is_another)
     }
-}
 
-impl DeviceState {
     /// Reads what was written with its `Display`.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         // A boot's identity is a UUID. Further fields, of a later version, are ignored.

@@ -72,6 +72,13 @@ pub struct Sources {
     pub memory: Option<MemorySource>,
 }
 
+impl Sources {
+    /// Bytes of the machine's state.
+    pub fn state_bytes(&self) -> u64 {
+        self.machine_state.iter().map(|state| state.image.size()).sum()
+    }
+}
+
 /// The caller's side of a long copy.
 #[derive(Clone, Copy)]
 pub struct Watch<'a> {
@@ -177,15 +184,7 @@ impl Layout {
                 })
                 .or_else(|error| begun.and(Err(Error::from(error))))?;
             for range in self.sequential.data() {
-                let mut at = range.start;
-                while at < range.end {
-                    let length = (range.end - at).min(CHUNK as u64);
-                    let mut chunk = vec![0; length as usize];
-                    source.image.read_at(&mut chunk, at)?;
-                    sink.data(chunk)?;
-                    done.add(length)?;
-                    at += length;
-                }
+                copy_range(&*source.image, range.start..range.end, sink, done)?;
             }
             Ok(())
         })
@@ -237,19 +236,27 @@ pub(crate) fn copy_state(
     done: &mut Done<'_>,
 ) -> Result<(u64, String)> {
     let size = source.image.size();
-    let sum = pipeline(file, name, |sink| {
-        let mut at = 0;
-        while at < size {
-            let length = (size - at).min(CHUNK as u64);
-            let mut chunk = vec![0; length as usize];
-            source.image.read_at(&mut chunk, at)?;
-            sink.data(chunk)?;
-            done.add(length)?;
-            at += length;
-        }
-        Ok(())
-    })?;
+    let sum = pipeline(file, name, |sink| copy_range(&*source.image, 0..size, sink, done))?;
     Ok((size, sum))
+}
+
+/// Reads a range of an image to its end.
+fn copy_range(
+    image: &dyn PointImage,
+    range: Range<u64>,
+    sink: &mut Sink<'_>,
+    done: &mut Done<'_>,
+) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let length = (range.end - at).min(CHUNK as u64);
+        let mut chunk = vec![0; length as usize];
+        image.read_at(&mut chunk, at)?;
+        sink.data(chunk)?;
+        done.add(length)?;
+        at += length;
+    }
+    Ok(())
 }
 
 /// Reads a file to its end. Returns its length and its SHA-256.

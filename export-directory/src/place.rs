@@ -346,7 +346,10 @@ impl ExportPlace {
     /// # Errors
     /// Those of the disks; the system's.
     pub fn measure(&self, planned: &Planned, sources: &Sources) -> Result<(u64, u64)> {
-        let mut bytes = sources.other_bytes()?;
+        let mut bytes = sources.state_bytes();
+        if let Some(memory) = &sources.memory {
+            bytes += opened_memory(&memory.path)?.1;
+        }
         for source in &sources.disks {
             bytes += self.layout(planned, source)?.file_bytes();
         }
@@ -456,7 +459,8 @@ impl ExportPlace {
             layouts.push(self.layout(planned, source)?);
         }
         let mut opened = memory.as_ref().map(|memory| opened_memory(&memory.path)).transpose()?;
-        let total = layouts.iter().map(Layout::file_bytes).sum::<u64>() + sources.other_bytes()?;
+        let bytes = layouts.iter().map(Layout::file_bytes).sum::<u64>() + sources.state_bytes();
+        let total = bytes + opened.as_ref().map_or(0, |(_, length)| *length);
         let free = self.directory.free_bytes();
         let free = free.map_err(|error| io_error(error, format!("cannot look at {}", self.path)))?;
         self.require_room(total, free)?;
@@ -552,17 +556,6 @@ impl ExportPlace {
 fn named(part: &str, file: &str, made: &File) -> Result<Named> {
     let about = made.metadata().map_err(|error| io_error(error, format!("cannot look at {part}")))?;
     Ok(Named { part: part.to_owned(), file: file.to_owned(), identity: (about.dev(), about.ino()) })
-}
-
-impl Sources {
-    /// Bytes of the files that are no disks.
-    fn other_bytes(&self) -> Result<u64> {
-        let memory = match &self.memory {
-            None => 0,
-            Some(memory) => opened_memory(&memory.path)?.1,
-        };
-        Ok(memory + self.machine_state.iter().map(|state| state.image.size()).sum::<u64>())
-    }
 }
 
 fn opened_memory(path: &Utf8Path) -> Result<(File, u64)> {

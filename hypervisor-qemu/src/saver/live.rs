@@ -440,10 +440,11 @@ impl LiveDomain for QemuDomain {
 
     async fn resume_left(&self) -> Result<bool> {
         // Only the QEMU that took the cut has the mark: another one was paused by whoever started it.
-        match Mark::section(&self.machine).await.map_err(to_engine)? {
-            Some(Mark::SectionRan) => self.resume().await.map(|()| true),
-            Some(Mark::SectionPaused | Mark::Loaded) | None => Ok(false),
+        let ran = Mark::SectionRan.is_there(&self.machine).await.map_err(to_engine)?;
+        if ran {
+            self.resume().await?;
         }
+        Ok(ran)
     }
 
     fn limit(&self, bytes_per_second: u64) {

@@ -301,7 +301,8 @@ pub(super) async fn finish(
     // A domain that is off later is started from this memory only if the guest cannot have run. Without the
     // note that is not known, and it is not started.
     let address = machine.qmp().socket().to_owned();
-    let mut noted = match memory.is_some() && resumes(mark, power) {
+    let resumes = resumes(mark, power);
+    let mut noted = match memory.is_some() && resumes {
         true => blocking(move || Starting::in_place(&address)).await.ok(),
         false => None,
     };
@@ -318,22 +319,20 @@ pub(super) async fn finish(
         }
         facts.guest = Some(GuestChange::Reset);
     }
-    let resumes = resumes(mark, power);
     // 2) Resume before the marks are removed. A crash in between leaves marks beside a running guest, which
     //    `tidy` removes. With the opposite order, a crash would leave a paused guest without a record that it
     //    ran.
     context.together.meet(Meeting::Loaded).await?;
     if resumes {
         if memory.is_some() || reset {
-            // From the next command on the guest may run, so it is not loaded again.
+            // From the resume on the guest may run, so it is not loaded again.
             Mark::Loaded.make(machine).await.map_err(to_engine)?;
             if let Some(noted) = &mut noted {
                 noted.ready().map_err(to_engine)?;
             }
-        }
-        match memory.is_some() || reset {
-            true => machine.cont().await.map_err(to_engine)?,
-            false => machine.resume_unless_stopped().await.map_err(to_engine)?,
+            machine.cont().await.map_err(to_engine)?;
+        } else {
+            machine.resume_unless_stopped().await.map_err(to_engine)?;
         }
         facts.downtime = live.section_since().map(|since| since.elapsed());
     }

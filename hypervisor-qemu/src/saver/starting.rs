@@ -76,10 +76,7 @@ impl Starting {
     /// [`ErrorKind::Invalid`] if another process starts it at this moment; those of the system.
     pub(super) fn begin(address: &Path) -> crate::Result<Self> {
         let address = address.display().to_string();
-        let mut note = match Note::open(&address, true)? {
-            Some(note) => note,
-            None => return Err(failed(&address, io::Error::from(Io::NotFound))),
-        };
+        let mut note = Note::make(&address)?;
         if let Some(left) = note.read()?.filter(|left| !left.is_ready) {
             end_all(&left.token).map_err(|error| failed(&address, error))?;
         }
@@ -104,10 +101,7 @@ impl Starting {
     /// that the guest may run.
     pub(super) fn in_place(address: &Path) -> crate::Result<Self> {
         let address = address.display().to_string();
-        let mut note = match Note::open(&address, true)? {
-            Some(note) => note,
-            None => return Err(failed(&address, io::Error::from(Io::NotFound))),
-        };
+        let mut note = Note::make(&address)?;
         note.write(IN_PLACE)?;
         Ok(Self { note, token: IN_PLACE.to_owned(), stays: true })
     }
@@ -267,6 +261,11 @@ impl Note {
                 Err(TryLockError::Error(error)) => return Err(failed(error)),
             }
         }
+    }
+
+    /// The note of a domain, which is made if there is none.
+    fn make(address: &str) -> crate::Result<Self> {
+        Self::open(address, true)?.ok_or_else(|| failed(address, io::Error::from(Io::NotFound)))
     }
 
     /// Its content; nothing if it was not completed, so that nothing was started.

@@ -170,7 +170,7 @@ impl Work<'_> {
                 for source in &sources.disks {
                     bytes += export_directory::image_bytes(source)?;
                 }
-                bytes += sources.machine_state.iter().map(|state| state.image.size()).sum::<u64>();
+                bytes += sources.state_bytes();
             }
         }
         Ok(self.document(bytes, None))

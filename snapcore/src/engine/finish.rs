@@ -10,7 +10,7 @@ use crate::domain::DiskRecord;
 use crate::erased::AnyDiskSnapshotter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::hypervisor::{DomainStep, PowerAfter};
+use crate::hypervisor::{DomainStep, PowerAfter, StepOutcome};
 use crate::name::Target;
 use crate::operation::StepState;
 use crate::operation::{StepTransition, Transition};
@@ -69,14 +69,13 @@ impl Running<'_> {
                     let changes = std::mem::take(&mut pending);
                     self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
                 }
-                if let Some(note) = self.may_have_run_since(index, begun_before).await {
-                    self.run.warnings.push(note);
-                    pending.extend(self.steps(unit.clone(), StepTransition::Complete)?);
-                    continue;
-                }
                 // 3) The step itself is durable when it returns. A crash in it leaves it started; it is
                 //    idempotent, and is done again.
-                match self.apply(index).await {
+                let applied = match self.may_have_run_since(index, begun_before).await {
+                    Some(note) => Ok(StepOutcome { notes: vec![note], ..StepOutcome::default() }),
+                    None => self.apply(index).await,
+                };
+                match applied {
                     // 4) Its edits are recorded with it, in one transaction, which the start of the next step
                     //    shares. The catalogue forgets a layer only after its file is gone, so a crash leaves
                     //    no file that the catalogue does not know.
